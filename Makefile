@@ -1,0 +1,38 @@
+# make demo   one video through a real ComfyUI on the CPU, with a tiny random model
+# make test   all tests that this machine can run
+# make lint   formatting, lint, types, spelling
+# make clean  remove everything the others made
+#
+# Needs Python 3.10 or newer, git and make. Another Python: make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+VENV_PYTHON := $(if $(filter Windows_NT,$(OS)),.venv/Scripts/python.exe,.venv/bin/python)
+# make test ARGS="-k loader -x"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -4
+
+demo:
+	@$(PYTHON) scripts/setup_env.py
+	@$(VENV_PYTHON) -W ignore scripts/demo.py
+
+test:
+	@$(PYTHON) scripts/setup_env.py --dev
+	@$(VENV_PYTHON) -m pytest $(ARGS)
+
+lint:
+	@$(PYTHON) scripts/setup_env.py --dev
+	@$(VENV_PYTHON) scripts/lint.py
+
+format:
+	@$(PYTHON) scripts/setup_env.py --dev
+	@$(VENV_PYTHON) -m ruff check --fix --exit-zero --quiet .
+	@$(VENV_PYTHON) -m ruff format .
+
+clean:
+	rm -rf .venv .work build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,45 @@
+"""ComfyUI's own Wan VAE in the place of the model's. Its memory is ComfyUI's business."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..engine.checkpoints.diffusers_folder import component_config
+from ..engine.errors import InvalidRequestError
+from ..engine.handle import ModelHandle
+
+
+class CoreVae:
+    """A ``comfy.sd.VAE`` as the engine's ``VideoVae``.
+
+    Args:
+        vae: from core's Load VAE.
+        handle: whose VAE configuration (normalisation of the latents) applies.
+
+    Raises:
+        InvalidRequestError: it is no Wan 2.1 video VAE.
+    """
+
+    def __init__(self, vae: Any, handle: ModelHandle):
+        if getattr(vae, "latent_dim", None) != 3 or getattr(vae, "latent_channels", None) != 16:
+            raise InvalidRequestError(
+                f"The connected vae makes {getattr(vae, 'latent_channels', '?')}-channel latents; Wan 2.2 14B needs the Wan 2.1 video VAE "
+                "(16 channels, wan_2.1_vae.safetensors). Connect that one, or nothing to use the model's own."
+            )
+        self._vae = vae
+        config = component_config(handle.folder.path / "vae")
+        self.config = SimpleNamespace(**{"scale_factor_temporal": 4, "scale_factor_spatial": 8, **config})
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        """[B, 3, T, H, W] in -1..1 -> [B, 16, F, h, w]."""
+        pictures = (video.float().cpu().permute(0, 2, 3, 4, 1) + 1) / 2
+        return torch.cat([self._vae.encode(one).float().cpu() for one in pictures])
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, 16, F, h, w] -> [B, 3, T, H, W] in -1..1."""
+        videos = []
+        for one in latents.split(1):
+            pictures = self._vae.decode(one).float().cpu()  # [1, T, H, W, 3] in 0..1; older servers drop the first axis
+            videos.append(pictures.reshape(1, *pictures.shape[-4:]).permute(0, 4, 1, 2, 3) * 2 - 1)
+        return torch.cat(videos)

@@ -1,0 +1,62 @@
+"""The loader node's work: choices to a handle, and the placement it would have, in words."""
+
+from ..engine import OWNER, ModelHandle, open_model, probe
+from ..engine.errors import PlacementError
+from ..engine.pipeline.image_to_video import plan_report
+from ..engine.planning.footprint import VideoShape
+from . import memory, model_files, progress
+
+# What the loader plans for; the sampler plans again for its own size.
+DEFAULT_SHAPE = VideoShape(832, 480, 81)
+
+
+def make_handle(
+    *,
+    node_id: str | None,
+    model: str,
+    high_noise_model: str,
+    low_noise_model: str,
+    text_encoder: str,
+    vae: str,
+    weight_dtype: str,
+    device_map: str,
+    execution: str,
+    offload: str,
+    sliders_gib: list[float],
+) -> tuple[ModelHandle, str]:
+    """Check the choices, download the model where need be, and plan.
+
+    Returns:
+        The handle, and the placement for 832x480x81 in words.
+
+    Raises:
+        WanShardedError: with the remedy.
+    """
+    model_files.refuse_single_files(
+        model,
+        high_noise_model=(high_noise_model, "none"),
+        low_noise_model=(low_noise_model, "none"),
+        text_encoder=(text_encoder, "from model"),
+        vae=(vae, "from model"),
+    )
+    handle = open_model(
+        model_files.resolve_model(model),
+        max_memory_gib={index: value for index, value in enumerate(sliders_gib) if value != 0},
+        weight_dtype=weight_dtype,
+        device_map=device_map,
+        execution=execution,
+        offload=offload,
+        node_id=node_id,
+        on_download=progress.DownloadProgress(node_id),
+    )
+    return handle, describe(handle)
+
+
+def describe(handle: ModelHandle) -> str:
+    """The placement a handle would have now, in words; says why where it would not fit."""
+    with OWNER.lock:
+        try:
+            plan = OWNER.dry_plan(handle, probe.probe_machine(), DEFAULT_SHAPE, reserved_bytes=memory.reserved_bytes())
+        except PlacementError as error:
+            return f"{DEFAULT_SHAPE} would not fit: {error}"
+        return plan_report(plan)

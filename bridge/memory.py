@@ -1,0 +1,96 @@
+"""Our weights in ComfyUI's memory management: one patcher per GPU, so that "unload models", ``/free`` and other models'
+loads reach them, and room made by unloading what ComfyUI itself holds.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+import comfy.model_management as management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+from ..engine import OWNER
+from ..engine.handle import ModelHandle
+from ..engine.planning.devices import GIB, Machine
+
+
+class GpuShare(ModelPatcher):
+    """What the owner holds on one device, as ComfyUI sees it."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(_WanSharded(), load_device=device, offload_device=torch.device("cpu"), size=1)
+
+    def model_size(self) -> int:
+        return max(1, self.loaded_size())
+
+    def loaded_size(self) -> int:
+        return OWNER.held_bytes().get(str(self.load_device), 0)
+
+    def model_dtype(self) -> None:
+        return None
+
+    def current_loaded_device(self) -> torch.device:
+        return self.load_device
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False) -> int:
+        """Nothing to do: the owner loads when a sampler runs."""
+        return 0
+
+    def partially_unload(self, device_to, memory_to_free=0, *args, **kwargs) -> int:
+        """Park weights until ``memory_to_free`` bytes are free; returns how many were freed."""
+        with OWNER.lock:
+            before = self.loaded_size()
+            loaded = OWNER.loaded
+            if loaded is not None and loaded.plan is not None:
+                for budget in loaded.plan.budgets:
+                    if budget.device.torch_device == str(self.load_device):
+                        loaded.make_room(budget.device.index, 0, max(0, before - int(memory_to_free)))
+            management.soft_empty_cache()
+            return before - self.loaded_size()
+
+    def detach(self, unpatch_all=True) -> nn.Module:
+        """Let go. ComfyUI's "unload models" asks only the default device, so that one answers for all."""
+        if self.load_device == management.get_torch_device():
+            OWNER.release()
+        else:
+            self.partially_unload(self.offload_device, self.loaded_size())
+        return self.model
+
+
+class _WanSharded(nn.Module):
+    """What ComfyUI's log calls the thing it loads and unloads."""
+
+    device = None
+
+
+@lru_cache(maxsize=None)
+def _share(torch_device: str) -> GpuShare:
+    return GpuShare(torch.device(torch_device))
+
+
+def make_room(handle: ModelHandle, machine: Machine) -> None:
+    """Have ComfyUI unload its own models from the GPUs that take part, as far as the sliders ask."""
+    for device in machine.devices:
+        slider = handle.max_memory_gib.get(device.index, 0.0)
+        if not device.is_gpu or slider < 0:
+            continue
+        wanted = slider * GIB - OWNER.held_bytes().get(device.torch_device, 0) if slider else 1e30
+        ours = [model for model in management.current_loaded_models if isinstance(model.model, GpuShare)]
+        management.free_memory(wanted, torch.device(device.torch_device), keep_loaded=ours)
+    management.soft_empty_cache()
+
+
+def register(torch_devices: Iterable[str]) -> None:
+    """Tell ComfyUI that we hold memory on these devices."""
+    known = management.loaded_models()
+    default = str(management.get_torch_device())
+    shares = [_share(device) for device in {default, *torch_devices}]
+    new = [share for share in shares if share not in known]
+    if new:
+        management.load_models_gpu(new)
+
+
+def reserved_bytes() -> int:
+    """What ComfyUI wants left free on every GPU."""
+    return int(management.extra_reserved_memory())

@@ -1,0 +1,32 @@
+"""The errors a user can meet. Every message says what is wrong, with the value, and what to do.
+
+Raised anywhere in the engine, shown unchanged on the node (or by Python). None of them leaves anything half loaded.
+"""
+
+
+class WanShardedError(Exception):
+    """Base of the pack's errors."""
+
+
+class InvalidRequestError(WanShardedError, ValueError):
+    """An input is outside what Wan can take (size, frame count, empty image, NaN pixels, unknown choice)."""
+
+
+class CheckpointError(WanShardedError):
+    """A model is missing, incomplete, damaged, or not a Wan model."""
+
+
+class PlacementError(WanShardedError):
+    """The weights and buffers do not fit within the given memory limits."""
+
+
+class UnsupportedError(WanShardedError):
+    """A choice that exists in the contract but cannot be honoured here (this version, this device, this package)."""
+
+
+class ExportError(WanShardedError):
+    """A video could not be written (format, encoder, folder, disk)."""
+
+
+class Cancelled(WanShardedError):
+    """The user stopped the run. Raised by callbacks in the engine's own use; ComfyUI raises its own."""

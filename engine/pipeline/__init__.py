@@ -1,0 +1,1 @@
+"""From prompt and photo to frames, around diffusers' own Wan pipeline."""

@@ -1,0 +1,219 @@
+"""One video from one request: text, then VAE, then both experts, then VAE. The engine's front door.
+
+Each stage asks the loaded model for room on its device and gives it back, so that no stage's peak stands on another's.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .. import probe
+from ..checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE
+from ..errors import InvalidRequestError
+from ..handle import ModelHandle
+from ..planning.devices import Machine
+from ..planning.report import placement_report
+from ..weights.owner import LoadedModel, ModelOwner
+from .callbacks import Callbacks, StepReport
+from .request import ImageToVideoRequest, fill_frame
+from .schedulers import boundary_after, make_scheduler
+from .sharded_pipeline import ShardedTransformer, ShardedWanPipeline
+from .text import MAX_TOKENS, PromptEmbeddings
+from .vae import ModelVae, PipelineVae, VideoVae, frames_from_video, latents_for_decoding
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VideoResult:
+    """What a run gives.
+
+    Attributes:
+        frames: float32 [batch * num_frames, H, W, 3] in 0..1, CPU.
+        latents: float32 [B, 16, F, h, w] as a Wan VAE decodes them, CPU.
+        notes: sentences for people: what was corrected, given up, measured.
+        placement: the placement report, with measured peaks.
+        peak_bytes: device index -> the most torch's allocator held.
+        step_seconds: of each denoising step.
+    """
+
+    frames: torch.Tensor
+    latents: torch.Tensor
+    notes: tuple[str, ...]
+    placement: str
+    peak_bytes: dict[int, int]
+    step_seconds: tuple[float, ...]
+
+
+class ImageToVideo:
+    """Makes videos with the models one owner holds; a prompt's embeddings are remembered between runs."""
+
+    def __init__(self, owner: ModelOwner, probe_machine: Callable[[], Machine] = probe.probe_machine):
+        self.owner = owner
+        self._probe_machine = probe_machine
+        self._embeddings = PromptEmbeddings()
+
+    def __call__(
+        self,
+        handle: ModelHandle,
+        request: ImageToVideoRequest,
+        callbacks: Callbacks | None = None,
+        *,
+        vae: VideoVae | None = None,
+        reserved_bytes: int = 0,
+    ) -> VideoResult:
+        """Make the video.
+
+        Args:
+            handle: the model.
+            request: what to make.
+            callbacks: progress and cancel.
+            vae: replaces the model's own.
+            reserved_bytes: what the application wants left alone on each GPU.
+
+        Raises:
+            WanShardedError: bad input, model or memory limits, with the remedy. Nothing stays half done.
+        """
+        callbacks = callbacks or Callbacks()
+        with self.owner.lock, torch.inference_mode():
+            try:
+                loaded = self.owner.obtain(handle, self._probe_machine(), request.shape, reserved_bytes=reserved_bytes)
+                return _Run(loaded, handle, request, callbacks, self._embeddings).make(vae)
+            except torch.OutOfMemoryError:
+                # The application may free memory and try again; what we hold must not be in its way.
+                self.owner.release()
+                raise
+
+
+class _Run:
+    """One run's state, so that the stages below read as one story."""
+
+    def __init__(
+        self, loaded: LoadedModel, handle: ModelHandle, request: ImageToVideoRequest, callbacks: Callbacks, embeddings: PromptEmbeddings
+    ):
+        assert loaded.plan is not None
+        self.loaded, self.plan, self.handle, self.request = loaded, loaded.plan, handle, request
+        self.callbacks, self.embeddings = callbacks, embeddings
+        self.notes: list[str] = []
+        self.step_seconds: list[float] = []
+
+    def make(self, vae: VideoVae | None) -> VideoResult:
+        for budget in self.plan.budgets:
+            probe.reset_peak(budget.device.torch_device)
+        prompt, negative = self._prompt_embeds()
+        vae = vae or ModelVae(
+            self.handle.folder.path / "vae", self.loaded, self.request.shape, self.callbacks.check_cancelled, self.notes.append
+        )
+        latents = self._denoise(vae, prompt, negative)
+        latents = latents_for_decoding(latents, vae.config).cpu()
+        self.callbacks.on_stage("Decoding the frames")
+        frames = frames_from_video(vae.decode(latents))
+        peaks = {b.device.index: probe.peak_bytes(b.device.torch_device) for b in self.plan.budgets}
+        self.notes += self._timing_notes()
+        return VideoResult(frames, latents, tuple(self.notes), plan_report(self.plan, peaks), peaks, tuple(self.step_seconds))
+
+    def _prompt_embeds(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        request, folder = self.request, self.handle.folder
+        given = [request.prompt_embeds, request.negative_prompt_embeds if request.needs_negative else None]
+        texts = [None if given[0] is not None else request.prompt]
+        texts.append(request.negative_prompt if request.needs_negative and given[1] is None else None)
+        wanted = [text for text in texts if text is not None]
+        encoded = self.embeddings.encode(folder.path, folder.fingerprint, wanted, self.loaded, self.callbacks) if wanted else []
+        found = iter(encoded)
+        embeds = [next(found) if text is not None else embed for text, embed in zip(texts, given, strict=True)]
+        width = self.loaded.experts[HIGH_NOISE].model.config.text_dim
+        prompt, negative = (None if e is None else self._fit_embeds(e, width) for e in embeds)
+        assert prompt is not None
+        return prompt, negative
+
+    def _fit_embeds(self, embeds: torch.Tensor, text_dim: int) -> torch.Tensor:
+        if embeds.ndim != 3 or embeds.shape[-1] != text_dim:
+            raise InvalidRequestError(
+                f"The conditioning has the shape {list(embeds.shape)}, but this model wants [1, tokens, {text_dim}]. "
+                "Use a Wan (UMT5-XXL) text encoder: Load CLIP with type 'wan'."
+            )
+        embeds = embeds[:1].float().cpu()
+        if embeds.shape[1] < MAX_TOKENS:
+            embeds = torch.nn.functional.pad(embeds, (0, 0, 0, MAX_TOKENS - embeds.shape[1]))
+        return embeds.to(self.plan.main_device, self.plan.precision.dtype).repeat(self.request.batch_size, 1, 1)
+
+    def _denoise(self, vae: VideoVae, prompt: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
+        request = self.request
+        scheduler = make_scheduler(request.sampler_name, request.flow_shift)
+        boundary = request.boundary_ratio
+        if request.switch_step:
+            boundary = boundary_after(scheduler, request.num_inference_steps, request.switch_step)
+        pipeline = ShardedWanPipeline(
+            tokenizer=None,  # type: ignore[arg-type]
+            text_encoder=None,  # type: ignore[arg-type]
+            vae=PipelineVae(vae),  # type: ignore[arg-type]
+            scheduler=scheduler,
+            transformer=self._transformer(HIGH_NOISE),  # type: ignore[arg-type]
+            transformer_2=self._transformer(LOW_NOISE),  # type: ignore[arg-type]
+            boundary_ratio=boundary,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.main_device = self.plan.main_device
+        pipeline.run_guidance = (request.guidance_scale, request.low_noise_guidance_scale)
+        self.callbacks.on_stage("Encoding the picture")
+        return pipeline(
+            image=self._frame(request.image, "image"),
+            last_image=None if request.last_image is None else self._frame(request.last_image, "last_image"),
+            prompt_embeds=prompt,
+            negative_prompt_embeds=negative,
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            guidance_scale_2=request.low_noise_guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=self._step_callback(),
+            callback_on_step_end_tensor_inputs=["latents", "noise_pred"],
+        )[0]
+
+    def _transformer(self, part: str) -> ShardedTransformer:
+        return ShardedTransformer(self.loaded, part, self.callbacks.check_cancelled, self.callbacks.on_load)
+
+    def _frame(self, picture: torch.Tensor, name: str) -> torch.Tensor:
+        request = self.request
+        frame, cut = fill_frame(picture, request.width, request.height)
+        if cut:
+            h, w = picture.shape[:2]
+            self.notes.append(f"{name} is {w}x{h}; its edges were cut to the shape of {request.width}x{request.height}.")
+        return frame
+
+    def _step_callback(self):
+        began = time.perf_counter()
+
+        def on_step_end(pipeline: ShardedWanPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+            nonlocal began
+            sigma = float(pipeline.scheduler.sigmas[step + 1])
+            denoised = tensors["latents"].float() - sigma * tensors["noise_pred"].float()
+            if denoised.device.type == "cuda":
+                torch.cuda.synchronize(denoised.device)
+            now = time.perf_counter()
+            self.step_seconds.append(now - began)
+            began = now
+            expert = EXPERT_WORDS[HIGH_NOISE if pipeline.is_high_noise(timestep) else LOW_NOISE]
+            self.callbacks.on_step(StepReport(step + 1, self.request.num_inference_steps, expert, self.step_seconds[-1], denoised))
+            return {}
+
+        return on_step_end
+
+    def _timing_notes(self) -> list[str]:
+        seconds = sorted(self.step_seconds)
+        if not seconds:
+            return []
+        return [f"{len(seconds)} steps in {sum(seconds):.1f} s, the median step {seconds[len(seconds) // 2]:.2f} s."]
+
+
+def plan_report(plan, measured: dict[int, int] | None = None) -> str:
+    """A plan in words."""
+    placements = {part: (EXPERT_WORDS[part], placement) for part, placement in plan.placements.items()}
+    return placement_report(placements, precision=str(plan.precision), size=str(plan.shape), notes=plan.notes, measured=measured)

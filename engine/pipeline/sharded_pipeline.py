@@ -1,0 +1,97 @@
+"""diffusers' own Wan pipeline, told where its parts are. The denoising loop is diffusers', line for line."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import WanImageToVideoPipeline
+
+from ..weights.owner import LoadedModel
+
+OnLoad = Callable[[int, int, str], None]
+
+
+class ShardedTransformer:
+    """One expert as diffusers' pipelines see it: same call, config and dtype as ``WanTransformer3DModel``.
+
+    Its weights come to their homes at the first call, the other expert's making room; so the switch between experts
+    happens inside diffusers' loop.
+    """
+
+    def __init__(self, loaded: LoadedModel, part: str, check_cancelled: Callable[[], None], on_load: OnLoad):
+        self._loaded, self._part = loaded, part
+        self._check_cancelled, self._on_load = check_cancelled, on_load
+        self.config = loaded.experts[part].model.config
+        self.dtype = loaded.precision.dtype
+
+    @contextmanager
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """As diffusers' ``CacheMixin.cache_context``."""
+        with self._loaded.experts[self._part].model.cache_context(name, **where):
+            yield
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``WanTransformer3DModel.forward``; outputs come back on the device of ``hidden_states``."""
+        expert = self._loaded.activate(self._part, self._check_cancelled, self._on_load)
+        try:
+            return expert.model(*args, **kwargs)
+        finally:
+            expert.release_fetched()
+
+
+class ShardedWanPipeline(WanImageToVideoPipeline):
+    """``WanImageToVideoPipeline`` with guidance per expert and a main device of our choice."""
+
+    # Lets the step callback see the prediction, for previews of the clean picture.
+    _callback_tensor_inputs = [*WanImageToVideoPipeline._callback_tensor_inputs, "noise_pred"]
+    main_device: torch.device
+    run_guidance: tuple[float, float]
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.main_device
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Per expert: diffusers asks only the high noise expert's scale, so cfg 1 there would switch both off."""
+        high, low = self.run_guidance
+        if self._current_timestep is None:
+            return max(high, low) > 1
+        return (high if self.is_high_noise(self._current_timestep) else low) > 1
+
+    def is_high_noise(self, timestep: torch.Tensor) -> bool:
+        """Whether the high noise expert works at a timestep."""
+        return bool(timestep >= self.config.boundary_ratio * self.scheduler.config.num_train_timesteps)
+
+    def prepare_latents(
+        self,
+        image: torch.Tensor,
+        batch_size: int,
+        num_channels_latents: int = 16,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        last_image: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As diffusers', on the CPU and then moved: the conditioning video would else stand on the main GPU beside the weights."""
+        cpu = torch.device("cpu")
+        prepared = super().prepare_latents(
+            image.to(cpu),
+            batch_size,
+            num_channels_latents,
+            height,
+            width,
+            num_frames,
+            dtype,
+            cpu,
+            generator,
+            latents,
+            None if last_image is None else last_image.to(cpu),
+        )
+        first, second = (tensor.to(device) for tensor in prepared)
+        return first, second

@@ -1,0 +1,116 @@
+"""Prompts to embeddings with the model's UMT5 encoder, which is loaded for that and let go again.
+
+5.7B parameters for a twentieth of a second of work: keeping it would cost the video 11 GB. Embeddings are remembered, so
+a prompt is encoded once. Nothing here knows the transformers.
+"""
+
+import gc
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from diffusers import WanImageToVideoPipeline
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from .. import probe
+from ..checkpoints.diffusers_folder import weight_files
+from ..checkpoints.safetensors_header import ELEMENT_BITS, read_header
+from ..errors import CheckpointError
+from ..planning.devices import GIB
+from ..weights.owner import LoadedModel
+from .callbacks import Callbacks
+
+MAX_TOKENS = 512
+# Besides its weights: 512 tokens' activations and the workspaces of a first matmul.
+ACTIVATION_BYTES = int(0.75 * GIB)
+
+
+class PromptEmbeddings:
+    """Remembers the latest embeddings; 4 MB each."""
+
+    def __init__(self, capacity: int = 16):
+        self._capacity = capacity
+        self._known: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+
+    def encode(self, folder: Path, identity: str, prompts: list[str], loaded: LoadedModel, callbacks: Callbacks) -> list[torch.Tensor]:
+        """Embeddings [1, 512, text width] on the CPU, one per prompt, padded with zeros as Wan expects.
+
+        Args:
+            folder: the model's folder.
+            identity: changes when the model's files do.
+            prompts: texts; longer than 512 tokens is cut.
+            loaded: whose weights make room while the encoder works.
+            callbacks: told what is going on.
+
+        Raises:
+            CheckpointError: the encoder or the tokenizer can't be loaded.
+        """
+        keys = {prompt: (identity, prompt) for prompt in prompts}
+        unknown = [prompt for prompt, key in keys.items() if key not in self._known]
+        if unknown:
+            callbacks.on_stage("Encoding the prompt")
+            for prompt, embeds in zip(unknown, _encode(folder, unknown, loaded, callbacks), strict=True):
+                self._known[keys[prompt]] = embeds
+        result = [self._known[keys[prompt]] for prompt in prompts]
+        while len(self._known) > self._capacity:
+            self._known.popitem(last=False)
+        return result
+
+
+def _encode(folder: Path, prompts: list[str], loaded: LoadedModel, callbacks: Callbacks) -> list[torch.Tensor]:
+    plan = loaded.plan
+    assert plan is not None
+    on_gpu = plan.budgets[0].device.is_gpu
+    stored_bytes, stored_float32 = _stored(folder / "text_encoder")
+    dtype = torch.bfloat16 if on_gpu and stored_float32 else None
+    needed = (stored_bytes // 2 if dtype else stored_bytes) + ACTIVATION_BYTES
+    devices = [b.device.torch_device for b in plan.budgets]
+    encoder = None
+    try:
+        callbacks.check_cancelled()
+        max_memory = _make_room(loaded, needed) if on_gpu else None
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        encoder = UMT5EncoderModel.from_pretrained(
+            folder / "text_encoder",
+            dtype=dtype or "auto",
+            local_files_only=True,
+            **({"device_map": "sequential", "max_memory": max_memory} if max_memory else {}),
+        ).eval()
+        callbacks.check_cancelled()
+        pipeline = WanImageToVideoPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=None, scheduler=None)  # type: ignore[arg-type]
+        embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS, device=torch.device("cpu"))
+        return list(embeds.split(1))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"The text encoder of {folder.name} could not be loaded: {error}. Download it again.") from error
+    finally:
+        del encoder
+        gc.collect()
+        probe.release_cached(devices)
+
+
+def _make_room(loaded: LoadedModel, needed: int) -> dict[int | str, int]:
+    """Room on the roomiest GPU for all of it, or else on all GPUs together; accelerate's ``max_memory`` by torch index."""
+    plan = loaded.plan
+    assert plan is not None
+    ordered = sorted(plan.budgets, key=lambda budget: -budget.usable_bytes)
+    chosen = ordered[:1] if ordered[0].usable_bytes >= needed else ordered
+    for budget in chosen:
+        loaded.make_room(budget.device.index, min(needed, budget.usable_bytes), budget.usable_bytes)
+    probe.release_cached([b.device.torch_device for b in chosen])
+    room: dict[int | str, int] = {
+        torch.device(b.device.torch_device).index: max(0, b.usable_bytes - ACTIVATION_BYTES) for b in chosen
+    }
+    return {**room, "cpu": needed}
+
+
+def _stored(folder: Path) -> tuple[int, bool]:
+    """Bytes of the weights on disk, and whether they are float32."""
+    total, float32 = 0, False
+    for file in weight_files(folder):
+        for entry in read_header(file).values():
+            count = 1
+            for n in entry.shape:
+                count *= n
+            total += count * ELEMENT_BITS[entry.dtype] // 8
+            float32 |= entry.dtype == "F32"
+    return total, float32

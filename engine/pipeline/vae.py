@@ -1,0 +1,123 @@
+"""The video VAE: photo to latents, latents to frames, each in a stage of its own that makes its room and gives it back.
+
+Shapes: B batch, C channels, T frames, F latent frames, H/W pixels, h/w latents (H/8).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+
+from .. import probe
+from ..errors import CheckpointError
+from ..planning.footprint import VideoShape
+from ..planning.vae_stage import VaeStage, choose_vae_stage
+from ..weights.owner import LoadedModel
+
+CheckCancelled = Callable[[], None]
+
+
+class VideoVae(Protocol):
+    """What a run needs of a VAE; ComfyUI's own VAE fits through the bridge."""
+
+    config: Any
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        """Video float [B, 3, T, H, W] in -1..1 -> latents [B, 16, F, h, w] as the VAE gives them (not normalised)."""
+        ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The reverse; float32 [B, 3, T, H, W] in -1..1 on the CPU."""
+        ...
+
+
+class ModelVae:
+    """The VAE of the model's own folder. Its weights (0.5 GB) wait in host memory between stages.
+
+    Args:
+        folder: the "vae" folder.
+        loaded: whose weights make room.
+        shape: the run's size.
+        check_cancelled: asked before every chunk of frames.
+        note: told what was given up for memory.
+
+    Raises:
+        CheckpointError: it can't be loaded.
+    """
+
+    def __init__(self, folder: Path, loaded: LoadedModel, shape: VideoShape, check_cancelled: CheckCancelled, note: Callable[[str], None]):
+        self._loaded, self._shape, self._check_cancelled, self._note = loaded, shape, check_cancelled, note
+        try:
+            self._vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+        except Exception as error:  # diffusers raises many kinds; the cause is kept
+            raise CheckpointError(f"The VAE in {folder.parent.name} could not be loaded: {error}. Download it again.") from error
+        self.config = self._vae.config
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        with self._stage(decode=False) as (stage, device):
+            latents = self._vae.encode(video.to(device, stage.dtype)).latent_dist.mode()
+            return latents.float().cpu()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        with self._stage(decode=True) as (stage, device):
+            # One video at a time: the peak is planned for one.
+            videos = [self._vae.decode(one.to(device, stage.dtype), return_dict=False)[0].float().cpu() for one in latents.split(1)]
+            return torch.cat(videos)
+
+    @contextmanager
+    def _stage(self, *, decode: bool) -> Iterator[tuple[VaeStage, torch.device]]:
+        plan = self._loaded.plan
+        assert plan is not None
+        stage = choose_vae_stage(self._shape, plan.budgets, decode=decode)
+        for note in stage.notes:
+            self._note(note)
+        device = torch.device(stage.budget.device.torch_device)
+        self._loaded.make_room(stage.budget.device.index, stage.bytes_needed, stage.budget.usable_bytes)
+        probe.release_cached([stage.budget.device.torch_device])
+        hook = (self._vae.decoder if decode else self._vae.encoder).register_forward_pre_hook(lambda *_: self._check_cancelled())
+        try:
+            self._vae.to(device)
+            if self._vae.dtype != stage.dtype:
+                self._vae.to(stage.dtype)
+            self._vae.enable_tiling() if stage.tiled else self._vae.disable_tiling()
+            yield stage, device
+        finally:
+            hook.remove()
+            self._vae.clear_cache()
+            self._vae.to("cpu")
+            probe.release_cached([stage.budget.device.torch_device])
+
+
+class PipelineVae(nn.Module):
+    """A :class:`VideoVae` in the shape diffusers' pipeline looks for."""
+
+    def __init__(self, vae: VideoVae):
+        super().__init__()
+        self._encode = vae.encode
+        self.config = vae.config
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+
+    def encode(self, video: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(latents=self._encode(video))
+
+
+def latents_for_decoding(latents: torch.Tensor, config: Any) -> torch.Tensor:
+    """Undo the normalisation: latents [B, C, F, h, w] as the transformer knows them -> as the VAE does. float32."""
+    latents = latents.float()
+    mean = torch.tensor(config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
+    # Written as diffusers computes it, so that float32 results are the same to the last bit.
+    inverse_std = 1.0 / torch.tensor(config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
+    return latents / inverse_std + mean
+
+
+def frames_from_video(video: torch.Tensor) -> torch.Tensor:
+    """[B, 3, T, H, W] in -1..1 -> [B*T, H, W, 3] in 0..1, float32."""
+    batch, channels, frames, height, width = video.shape
+    pictures = video.permute(0, 2, 3, 4, 1).reshape(batch * frames, height, width, channels)
+    return (pictures * 0.5 + 0.5).clamp_(0, 1)

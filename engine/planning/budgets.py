@@ -1,0 +1,87 @@
+"""From sliders to the bytes each device may use. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import InvalidRequestError, PlacementError
+from .devices import GIB, DeviceInfo, Machine, gib
+
+# The driver's context and the math libraries' workspaces live outside torch's allocator; about 0.4 GiB where measured.
+CONTEXT_BYTES = int(0.5 * GIB)
+# "0" leaves this share of what is free untouched, for the desktop and for fragmentation.
+AUTOMATIC_MARGIN = 0.06
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most this pack may use on one device, everything included.
+
+    Attributes:
+        device: the device.
+        limit_bytes: the limit, CUDA context included.
+        automatic: whether the limit comes from what is free rather than from a slider.
+    """
+
+    device: DeviceInfo
+    limit_bytes: int
+    automatic: bool
+
+    @property
+    def usable_bytes(self) -> int:
+        """What torch's allocator may take: the limit less the driver's context."""
+        return max(0, self.limit_bytes - (CONTEXT_BYTES if self.device.is_gpu else 0))
+
+
+def budgets_for(
+    machine: Machine,
+    sliders_gib: Mapping[int, float],
+    *,
+    held_bytes: Mapping[int, int] | None = None,
+    reserved_bytes: int = 0,
+) -> tuple[tuple[Budget, ...], tuple[str, ...]]:
+    """The budgets of the devices that take part, and notes for people.
+
+    Args:
+        machine: the devices.
+        sliders_gib: GiB per visible index; 0 or missing = automatic, -1 = leave out. Entries for absent GPUs are ignored.
+        held_bytes: what this pack itself holds on each device now; counts as free.
+        reserved_bytes: what the application around us wants left alone on every GPU (ComfyUI's reserve).
+
+    Raises:
+        InvalidRequestError: a slider is neither -1, 0 nor positive.
+        PlacementError: every GPU is left out.
+    """
+    notes: list[str] = []
+    budgets: list[Budget] = []
+    for device in machine.devices:
+        slider = float(sliders_gib.get(device.index, 0.0)) if device.is_gpu else 0.0
+        if slider == -1:
+            continue
+        if not (slider >= 0) or slider == float("inf"):
+            raise InvalidRequestError(
+                f"The memory slider of {device.label} is {slider:g}. Use 0 for automatic, -1 to leave the GPU out, or a limit in GiB."
+            )
+        free = device.free_bytes + (held_bytes or {}).get(device.index, 0)
+        budgets.append(_budget(device, slider, min(free, device.total_bytes), reserved_bytes, notes))
+    if not budgets:
+        names = ", ".join(device.label for device in machine.devices)
+        raise PlacementError(f"Every GPU is left out (slider -1): {names}. Set at least one slider to 0 or to a limit in GiB.")
+    return tuple(budgets), tuple(notes)
+
+
+def _budget(device: DeviceInfo, slider_gib: float, free_bytes: int, reserved_bytes: int, notes: list[str]) -> Budget:
+    if slider_gib == 0:
+        margin = int(AUTOMATIC_MARGIN * free_bytes) + reserved_bytes if device.is_gpu else 0
+        # mem_get_info is read with the context already there, so a free byte is a usable byte.
+        context = CONTEXT_BYTES if device.is_gpu else 0
+        return Budget(device, max(0, free_bytes - margin) + context, automatic=True)
+    limit = int(slider_gib * GIB)
+    if limit > device.total_bytes:
+        notes.append(f"{device.label}: the slider asks for {slider_gib:g} GiB, more than it has; using {gib(device.total_bytes)}.")
+        limit = device.total_bytes
+    if limit > free_bytes + CONTEXT_BYTES:
+        notes.append(
+            f"{device.label}: only {gib(free_bytes)} of the {gib(limit)} its slider allows are free; other programs hold the rest."
+        )
+        limit = free_bytes + CONTEXT_BYTES
+    return Budget(device, limit, automatic=False)

@@ -1,0 +1,114 @@
+"""The one place that asks torch and the system what hardware there is. Gives plain values."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import psutil
+import torch
+
+from .planning.devices import DeviceInfo, Machine
+
+
+def pci_bus_order() -> None:
+    """Count GPUs in PCI bus order, as nvidia-smi does. Only has an effect before CUDA is initialised."""
+    if not torch.cuda.is_initialized():
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+def short_name(name: str) -> str:
+    """The driver's name without the maker: "NVIDIA GeForce RTX 3060" -> "RTX 3060"."""
+    for word in ("NVIDIA ", "GeForce ", "AMD ", "Radeon "):
+        name = name.replace(word, "")
+    return name.strip()
+
+
+@dataclass(frozen=True)
+class VisibleGpu:
+    """A GPU this process may use: torch's own index, the short name, total bytes."""
+
+    torch_index: int
+    name: str
+    total_bytes: int
+
+
+@lru_cache(maxsize=1)
+def visible_gpus() -> tuple[VisibleGpu, ...]:
+    """The usable GPUs in PCI bus order. Cached: schemas ask at every request, and GPUs don't come and go.
+
+    torch counts the fastest GPU first unless ``CUDA_DEVICE_ORDER`` was set before CUDA started, which inside ComfyUI is
+    too early for a node pack; so the order is made here.
+    """
+    if not torch.cuda.is_available():
+        return ()
+    found = [(torch.cuda.get_device_properties(i), i) for i in range(torch.cuda.device_count())]
+    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        found.sort(key=lambda pair: tuple(getattr(pair[0], f"pci_{part}_id", 0) for part in ("domain", "bus", "device")))
+    return tuple(VisibleGpu(index, short_name(properties.name), int(properties.total_memory)) for properties, index in found)
+
+
+def probe_machine() -> Machine:
+    """The visible GPUs with their free memory now, or the CPU where there is no GPU."""
+    host = int(psutil.virtual_memory().available)
+    devices = tuple(_device(index, gpu) for index, gpu in enumerate(visible_gpus()))
+    if not devices:
+        devices = (DeviceInfo(0, "CPU", "cpu", int(psutil.virtual_memory().total), host, is_gpu=False),)
+    return Machine(devices, host, hidden_gpu_warning())
+
+
+def _device(index: int, gpu: VisibleGpu) -> DeviceInfo:
+    free, _ = torch.cuda.mem_get_info(gpu.torch_index)
+    unused = torch.cuda.memory_reserved(gpu.torch_index) - torch.cuda.memory_allocated(gpu.torch_index)
+    capability = torch.cuda.get_device_capability(gpu.torch_index)
+    return DeviceInfo(index, gpu.name, f"cuda:{gpu.torch_index}", gpu.total_bytes, int(free + unused), capability)
+
+
+def allocated_bytes(torch_device: str) -> int:
+    """What this process's tensors take on a device now; 0 for the CPU."""
+    return int(torch.cuda.memory_allocated(torch_device)) if torch_device != "cpu" else 0
+
+
+def reset_peak(torch_device: str) -> None:
+    """Begin a new measurement of :func:`peak_bytes`."""
+    if torch_device != "cpu":
+        torch.cuda.reset_peak_memory_stats(torch_device)
+
+
+def peak_bytes(torch_device: str) -> int:
+    """The most the allocator has held on a device since :func:`reset_peak`, cached blocks included; 0 for the CPU."""
+    return int(torch.cuda.max_memory_reserved(torch_device)) if torch_device != "cpu" else 0
+
+
+def release_cached(torch_devices: Iterable[str]) -> None:
+    """Give the allocator's unused blocks back to the driver."""
+    if any(device != "cpu" for device in torch_devices):
+        torch.cuda.empty_cache()
+
+
+@lru_cache(maxsize=1)
+def installed_gpus() -> tuple[str, ...]:
+    """Names of the GPUs the driver sees, visible to this process or not; empty where nvidia-smi is missing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    try:
+        listed = subprocess.run([tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    lines = [line.strip() for line in listed.stdout.splitlines()] if listed.returncode == 0 else []
+    return tuple(short_name(line) for line in lines if line)
+
+
+def hidden_gpu_warning() -> tuple[str, ...]:
+    """Says so when the driver sees more GPUs than this process may use."""
+    installed, visible = installed_gpus(), len(visible_gpus())
+    if len(installed) <= visible:
+        return ()
+    return (
+        f"This computer has {len(installed)} GPUs ({', '.join(installed)}) but only {visible} can be used here. "
+        "Start ComfyUI with --cuda-device all (newer versions on Windows show only the first GPU otherwise), "
+        "and check CUDA_VISIBLE_DEVICES.",
+    )

@@ -1,0 +1,108 @@
+"""Frames in any form people hold them, as 8-bit RGB pictures one at a time.
+
+Owns the checks on pixels and the rounding to 8 bits. Knows nothing of files or codecs; called by the writer.
+Shapes: T frames, H height and W width in pixels, C channels (3 RGB, or 4 RGBA).
+"""
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..errors import InvalidRequestError
+
+Frame: TypeAlias = torch.Tensor | NDArray[Any] | Image.Image
+Frames: TypeAlias = torch.Tensor | NDArray[Any] | Iterable[Frame]
+
+
+def check_batch(frames: Any) -> None:
+    """Refuse a batch whose shape cannot be a video, before anything is written. Lists and generators pass unseen.
+
+    Args:
+        frames: a tensor or array is checked to be [T, H, W, C] with C 3 or 4 and none of T, H, W zero.
+
+    Raises:
+        InvalidRequestError: with the shape, and which shape is expected.
+    """
+    if not isinstance(frames, torch.Tensor | np.ndarray):
+        return
+    shape = tuple(cast("torch.Tensor", frames).shape)
+    if len(shape) != 4 or shape[3] not in (3, 4):
+        hint = " For a batch of videos, write one video at a time: frames[0], frames[1], …" if len(shape) == 5 else ""
+        raise InvalidRequestError(
+            f"Frames of shape {list(shape)} are not a video. Give [frames, height, width, channels] with 3 or 4 channels.{hint}"
+        )
+    if 0 in shape:
+        raise InvalidRequestError(f"There are no pixels in frames of shape {list(shape)}. Give at least one frame of at least 1×1 pixel.")
+
+
+def frame_total(frames: Frames) -> int | None:
+    """Number of frames, or None where only the end of the iterator will tell."""
+    return len(frames) if isinstance(frames, Sized) else None
+
+
+def rgb_frames(frames: Frames) -> Iterator[NDArray[np.uint8]]:
+    """Yield each frame as 8-bit RGB on the CPU; one frame is held at a time.
+
+    Args:
+        frames: [T, H, W, C] tensor (any device) or array, or an iterable of [H, W, C] tensors, arrays or PIL images.
+            Floating point 0..1 (values outside are clamped, as ComfyUI does) or uint8 0..255. Alpha is dropped.
+
+    Yields:
+        [H, W, 3] uint8, contiguous.
+
+    Raises:
+        InvalidRequestError: no frames, a wrong shape or type, frames of different sizes, NaN or infinite pixels.
+    """
+    check_batch(frames)
+    size: tuple[int, ...] | None = None
+    for index, frame in enumerate(frames):
+        rgb = _rgb(frame, index)
+        size = size or rgb.shape
+        if rgb.shape != size:
+            raise InvalidRequestError(
+                f"Frame {index} is {rgb.shape[1]}×{rgb.shape[0]} pixels and the first frame is {size[1]}×{size[0]}. Scale all frames to one size."
+            )
+        yield rgb
+    if size is None:
+        raise InvalidRequestError("There are no frames to write. Give at least one.")
+
+
+def _rgb(frame: Any, index: int) -> NDArray[np.uint8]:
+    if isinstance(frame, Image.Image):
+        return np.array(frame.convert("RGB"))
+    if isinstance(frame, np.ndarray):
+        frame = _tensor(cast("NDArray[Any]", frame), index)
+    if not isinstance(frame, torch.Tensor):
+        raise _type_error(type(frame).__name__, index)
+    if frame.dim() != 3 or frame.shape[2] not in (3, 4) or 0 in frame.shape:
+        raise InvalidRequestError(f"Frame {index} has the shape {list(frame.shape)}. Give [height, width, channels] with 3 or 4 channels.")
+    pixels = frame.detach()[..., :3]
+    if pixels.dtype == torch.uint8:
+        return pixels.cpu().contiguous().numpy()
+    if not pixels.is_floating_point():
+        raise _type_error(pixels.dtype, index)
+    # Rounded where the frame lives, so that a GPU's frame crosses the bus as three bytes a pixel.
+    pixels = pixels.float()
+    if not bool(torch.isfinite(pixels).all()):
+        raise InvalidRequestError(
+            f"Frame {index} has NaN or infinite pixels: the model or the VAE that made it overflowed. "
+            "Use bf16 instead of fp16 there, another VAE, or a lower LoRA strength."
+        )
+    return pixels.clamp(0, 1).mul(255).round().to(torch.uint8).cpu().contiguous().numpy()
+
+
+def _tensor(frame: NDArray[Any], index: int) -> torch.Tensor:
+    if frame.dtype != np.uint8 and frame.dtype.kind != "f":
+        raise _type_error(frame.dtype, index)
+    # A copy of one frame: torch takes neither read-only arrays nor negative strides (frames[::-1]), nor long doubles.
+    return torch.from_numpy(np.array(frame, dtype=np.uint8 if frame.dtype == np.uint8 else np.float32, order="C"))
+
+
+def _type_error(found: object, index: int) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"Frame {index} is of type {found}. Give floating point 0..1 or uint8 0..255 as a tensor, an array or a PIL image."
+    )

@@ -1,0 +1,1 @@
+"""Where each block's weights live: loading to their homes, fetching, switching experts, releasing."""

@@ -1,0 +1,61 @@
+/**
+ * The browser side of ComfyUI-Wan-Sharded: GPU sliders named after the GPUs of this server, and a read-only text on the
+ * loader (where the model was placed) and on the sampler (notes on the run).
+ *
+ * ComfyUI loads every .js file below this folder as an extension; only this one registers something.
+ */
+import { app } from "/scripts/app.js";
+import { api } from "/scripts/api.js";
+import { fitHeight, setUpGpuSliders, widgetNames } from "./wan_sharded/gpu_sliders.js";
+import { nodeByExecutionId } from "./wan_sharded/graph.js";
+import { addTextArea, restoreText, showText } from "./wan_sharded/text_area.js";
+
+const LOADER = "WanShardedLoader";
+const SAMPLER = "WanShardedI2VSampler";
+const EXPORT = "WanShardedVideoExport";
+const PLACEHOLDERS = {
+  [LOADER]: "Placement: which GPU holds what. Seen here when the workflow runs.",
+  [SAMPLER]: "Notes on the run: settings, time, memory. Seen here when the workflow runs.",
+};
+const MIN_WIDTH_PX = { [LOADER]: 400, [SAMPLER]: 400 };
+
+app.registerExtension({
+  name: "wan_sharded",
+
+  setup() {
+    api.addEventListener("wan_sharded.status", ({ detail }) => {
+      const node = nodeByExecutionId(app, detail?.node);
+      if (node) showText(node, detail.text);
+    });
+  },
+
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (!(nodeData.name in PLACEHOLDERS)) return;
+    nodeData.fallbackWidgetsValuesNames = widgetNames(nodeData);
+
+    const onExecuted = nodeType.prototype.onExecuted;
+    nodeType.prototype.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments);
+      if (output?.text) showText(this, output.text.join("\n"));
+    };
+
+    const onConfigure = nodeType.prototype.onConfigure;
+    nodeType.prototype.onConfigure = function () {
+      onConfigure?.apply(this, arguments);
+      fitHeight(this); // the file's size may have suited a machine with fewer GPUs
+      restoreText(this);
+    };
+  },
+
+  // Synchronous on purpose: a file's values are applied right after this, and by then the widgets must stand.
+  nodeCreated(node) {
+    const kind = node.comfyClass;
+    // Nodes 2.0 of frontend 1.32 takes a result for a video only on nodes with a VIDEO input, or where this is set.
+    if (kind === EXPORT) node.previewMediaType = "video";
+    if (!(kind in PLACEHOLDERS)) return;
+    if (kind === LOADER) setUpGpuSliders(node);
+    addTextArea(node, PLACEHOLDERS[kind]);
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(width, MIN_WIDTH_PX[kind]), height]);
+  },
+});

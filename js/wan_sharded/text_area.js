@@ -1,0 +1,50 @@
+/**
+ * A read-only text area below a node's widgets. It is added last and not serialised, so it leaves `widgets_values` alone.
+ */
+
+const NAME = "wan_sharded_text";
+const MIN_HEIGHT_PX = 120;
+const STYLE = "width: 100%; min-height: 100px; box-sizing: border-box; font-size: 11px; line-height: 1.4; resize: none;";
+
+/** The last text of each node of this browser session, because undo and a change of tab make all nodes anew. */
+const lastTexts = new Map();
+
+function key(node) {
+  return node.graph && [node.graph.rootGraph?.id, node.graph.id, node.id].join("/");
+}
+
+function element(node) {
+  return node.widgets?.find((widget) => widget.name === NAME)?.element;
+}
+
+/** Add the text area; `placeholder` is seen until there is something to say. */
+export function addTextArea(node, placeholder) {
+  const area = document.createElement("textarea");
+  area.className = "comfy-multiline-input";
+  area.style.cssText = STYLE;
+  area.readOnly = true;
+  area.spellcheck = false;
+  area.placeholder = placeholder;
+  const widget = node.addDOMWidget(NAME, NAME, area, {
+    serialize: false, // not in the prompt
+    hideOnZoom: false,
+    getMinHeight: () => MIN_HEIGHT_PX,
+    getValue: () => area.value,
+    setValue: (text) => (area.value = text ?? ""),
+  });
+  widget.serialize = false; // not in the workflow file
+}
+
+/** Show `text`; does nothing on a node without a text area. */
+export function showText(node, text) {
+  const area = element(node);
+  if (!area) return;
+  area.value = text ?? "";
+  lastTexts.set(key(node), area.value);
+}
+
+/** Show what the node showed before the graph was loaded again. */
+export function restoreText(node) {
+  const area = element(node);
+  if (area && node.graph) area.value = lastTexts.get(key(node)) ?? "";
+}

@@ -1,0 +1,1 @@
+"""The ComfyUI nodes: V3 schemas, one call each into the bridge, nothing else."""

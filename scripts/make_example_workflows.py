@@ -1,0 +1,178 @@
+"""Build the example workflows in a real browser and save them as ComfyUI's frontend would.
+
+Run it after a change of the node contract, in the environment of `make test`:
+
+    .venv/bin/python scripts/make_example_workflows.py
+
+Writes, for each example, ``example_workflows/<name>.json`` (what the user opens), ``<name>.jpg`` (its picture in the
+template browser) and ``api/<name>.json`` (the same for the API queue). The oldest supported frontend should write them:
+newer ones read what it wrote, not the other way round. The server sees no GPU, so that no GPU's name gets into the files.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comfy_browser import ComfyPage, open_browser
+from comfy_server import ComfyServer, link_pack
+from PIL import Image
+from playwright.sync_api import Page
+from setup_env import ROOT
+
+FOLDER = ROOT / "example_workflows"
+MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+PROMPT = "The camera slowly moves closer. Gentle, natural motion, soft cinematic light."
+THUMBNAIL_WIDTH = 768
+THUMBNAIL_MAX_BYTES = 100_000
+SETTINGS = {"Comfy.Minimap.Visible": False}
+# The page's own furniture, which may float above the nodes.
+HIDE_MENUS = ".graph-canvas-menu, .side-tool-bar-container, .actionbar, .workflow-tabs-container, .p-toast { display: none !important; }"
+
+NOTE_I2V = """## A photo becomes a video
+
+1. Choose a photo in **Photo**.
+2. Describe in **positive** what should happen.
+3. Press **Run**.
+
+Other model files? Choose a folder, or *single files*, in **model**. The default is downloaded on the first run (126 GB).
+
+Out of memory on a GPU? Lower its slider. 0 is automatic, -1 leaves the GPU out."""
+
+NOTE_FIRST_LAST = """## Two photos become a video
+
+1. Choose how it begins in **First frame**, and how it ends in **Last frame**. Pictures of the same shape work best.
+2. Describe in **positive** what happens between them.
+3. Press **Run**.
+
+Out of memory on a GPU? Lower its slider. 0 is automatic, -1 leaves the GPU out."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node of an example: where it stands, what differs from its defaults, and what its inputs are linked to."""
+
+    type: str
+    pos: tuple[int, int]
+    size: tuple[int, int]
+    title: str = ""
+    values: dict[str, Any] = field(default_factory=dict[str, Any])
+    links: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+
+
+def example(first_title: str, note: str, last_frame: bool) -> dict[str, Node]:
+    """The graph as a name -> :class:`Node` table; ids are given in this order."""
+    sampler_links = {"model": ("loader", "model"), "image": ("image", "IMAGE")}
+    nodes = {
+        "loader": Node("WanShardedLoader", (40, 60), (420, 560), values={"model": MODEL}),
+        "image": Node("LoadImage", (520, 150), (340, 340), first_title, {"image": "wan_sharded_example.jpg"}),
+        "sampler": Node("WanShardedI2VSampler", (920, 60), (420, 880), values={"positive": PROMPT}, links=sampler_links),
+        "export": Node("WanShardedVideoExport", (1400, 60), (420, 480), links={"images": ("sampler", "frames")}),
+        "note": Node("MarkdownNote", (40, 730), (420, 230), "How to use", values={"": note}),
+    }
+    if last_frame:
+        nodes["last"] = Node("LoadImage", (520, 560), (340, 340), "Last frame", {"image": "wan_sharded_example_last.jpg"})
+        sampler_links["last_image"] = ("last", "IMAGE")
+    return nodes
+
+
+EXAMPLES = {
+    "wan_i2v": example("Photo", NOTE_I2V, last_frame=False),
+    "wan_first_last_frame": example("First frame", NOTE_FIRST_LAST, last_frame=True),
+}
+
+BUILD = """async ([workflowId, nodes]) => {
+    const blank = { id: workflowId, revision: 0, last_node_id: 0, last_link_id: 0, nodes: [], links: [], groups: [], config: {}, extra: {}, version: 0.4 };
+    await app.loadGraphData(blank);
+    const made = {};
+    for (const [name, spec] of Object.entries(nodes)) {
+        const node = made[name] = LiteGraph.createNode(spec.type);
+        app.graph.add(node);
+        if (spec.title) node.title = spec.title;
+        for (const [widgetName, value] of Object.entries(spec.values)) {
+            const widget = node.widgets.find((w) => w.name === widgetName) ?? node.widgets[0];
+            widget.value = value;
+            if (spec.type === "LoadImage") widget.callback?.(value);
+        }
+    }
+    for (const [name, spec] of Object.entries(nodes)) {
+        for (const [input, [origin, output]] of Object.entries(spec.links)) {
+            made[origin].connect(made[origin].findOutputSlot(output), made[name], made[name].findInputSlot(input));
+        }
+    }
+    await new Promise((done) => setTimeout(done, 1500));  // pictures load and may resize their nodes
+    for (const [name, spec] of Object.entries(nodes)) {
+        made[name].pos = spec.pos;
+        made[name].setSize(spec.size);
+    }
+    app.canvas.ds.scale = 0.8;
+    app.canvas.ds.offset = [60, 170];
+    app.canvas.setDirty(true, true);
+    await new Promise((done) => setTimeout(done, 1500));
+    const { workflow, output } = await app.graphToPrompt();
+    return JSON.stringify({ workflow, output });  // drops what is undefined, as saving does
+}"""
+
+# Boxes in screen pixels, titles included, around everything on the canvas.
+BOUNDS = """() => {
+    const { scale, offset } = app.canvas.ds;
+    const { left, top } = app.canvas.canvas.getBoundingClientRect();
+    const boxes = app.graph._nodes.map((n) => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]]);
+    const low = (i) => Math.min(...boxes.map((b) => b[i])), high = (i) => Math.max(...boxes.map((b) => b[i]));
+    const x = (value) => left + (value + offset[0]) * scale, y = (value) => top + (value + offset[1]) * scale;
+    return [x(low(0)), y(low(1)), x(high(2)), y(high(3))];
+}"""
+
+
+def thumbnail(page: Page) -> bytes:
+    """A JPEG of the nodes on the canvas, below :data:`THUMBNAIL_MAX_BYTES`."""
+    x0, y0, x1, y1 = page.evaluate(BOUNDS)
+    margin = 20
+    clip = {"x": max(x0 - margin, 0), "y": max(y0 - margin, 0), "width": x1 - x0 + 2 * margin, "height": y1 - y0 + 2 * margin}
+    page.add_style_tag(content=HIDE_MENUS)
+    picture = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+    picture = picture.resize((THUMBNAIL_WIDTH, round(THUMBNAIL_WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS)
+    for quality in range(90, 20, -5):
+        jpeg = io.BytesIO()
+        picture.save(jpeg, "JPEG", quality=quality, optimize=True)
+        if jpeg.tell() < THUMBNAIL_MAX_BYTES:
+            break
+    return jpeg.getvalue()
+
+
+def as_json(value: Any) -> str:
+    """JSON as committed: readable, UTF-8, the same at each run."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_examples(page: Page) -> None:
+    """Build every example in an open page and write its three files."""
+    (FOLDER / "api").mkdir(parents=True, exist_ok=True)
+    for number, (name, nodes) in enumerate(EXAMPLES.items(), start=1):
+        workflow_id = f"00000000-0000-4000-8000-{number:012d}"
+        saved = json.loads(page.evaluate(BUILD, [workflow_id, {key: vars(node) for key, node in nodes.items()}]))
+        (FOLDER / f"{name}.json").write_text(as_json(saved["workflow"]), encoding="utf-8")
+        (FOLDER / "api" / f"{name}.json").write_text(as_json(saved["output"]), encoding="utf-8")
+        (FOLDER / f"{name}.jpg").write_bytes(thumbnail(page))
+        print(f"{name}: {len(saved['workflow']['nodes'])} nodes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--browser", help="the Chromium to use")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as base:
+        link_pack(Path(base, "custom_nodes"))
+        shutil.copytree(FOLDER / "input", Path(base, "input"))
+        with ComfyServer(Path(base), environment={"CUDA_VISIBLE_DEVICES": ""}) as server, open_browser(arguments.browser) as browser:
+            tab = ComfyPage(browser, server.url, settings=SETTINGS)
+            tab.open()
+            write_examples(tab.page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The pack as a running ComfyUI sees it: which nodes there are, and their contract."""
+
+import pytest
+from comfy_server import ComfyServer
+
+# Shared workflow files store widget values by position: a released order never changes, new inputs are appended.
+# name of each input -> its socket type; combos are COMBO. Required ones first, as ComfyUI serves them.
+LOADER_REQUIRED = {
+    "model": "COMBO",
+    "high_noise_model": "COMBO",
+    "low_noise_model": "COMBO",
+    "text_encoder": "COMBO",
+    "vae": "COMBO",
+    "weight_dtype": "COMBO",
+    "device_map": "COMBO",
+    "execution": "COMBO",
+    "offload": "COMBO",
+}
+SAMPLER_REQUIRED = {
+    "model": "WAN_SHARDED_MODEL",
+    "image": "IMAGE",
+    "positive": "STRING",
+    "negative": "STRING",
+    "width": "INT",
+    "height": "INT",
+    "length": "INT",
+    "batch_size": "INT",
+    "seed": "INT",
+    "steps": "INT",
+    "cfg": "FLOAT",
+    "cfg_low_noise": "FLOAT",
+    "sampler_name": "COMBO",
+    "shift": "FLOAT",
+    "boundary": "FLOAT",
+    "switch_step": "INT",
+}
+SAMPLER_OPTIONAL = {
+    "last_image": "IMAGE",
+    "positive_conditioning": "CONDITIONING",
+    "negative_conditioning": "CONDITIONING",
+    "vae": "VAE",
+}
+EXPORT_REQUIRED = {
+    "images": "IMAGE",
+    "fps": "FLOAT",
+    "filename_prefix": "STRING",
+    "format": "COMBO",
+    "quality": "INT",
+}
+CONTRACT = {
+    "WanShardedLoader": (LOADER_REQUIRED, {f"gpu{index}_gb": "FLOAT" for index in range(8)}, ["WAN_SHARDED_MODEL"]),
+    "WanShardedI2VSampler": (SAMPLER_REQUIRED, SAMPLER_OPTIONAL, ["IMAGE", "LATENT"]),
+    "WanShardedVideoExport": (EXPORT_REQUIRED, {"audio": "AUDIO"}, ["VIDEO", "STRING"]),
+}
+DEFAULTS = {
+    "WanShardedLoader": {"device_map": "balanced", "weight_dtype": "default", "execution": "auto", "offload": "auto", "gpu0_gb": 0.0},
+    "WanShardedI2VSampler": {"width": 832, "height": 480, "length": 81, "steps": 20, "cfg": 3.5, "shift": 5.0, "boundary": 0.9},
+    "WanShardedVideoExport": {"fps": 16.0},
+}
+
+
+def served_inputs(info: dict, group: str) -> dict[str, str]:
+    """Names and types of a node's inputs, in the order in which ComfyUI serves them."""
+    types = {name: spec[0] if isinstance(spec[0], str) else "COMBO" for name, spec in info["input"].get(group, {}).items()}
+    assert list(types) == info["input_order"].get(group, [])
+    return types
+
+
+def test_exactly_our_nodes_are_there(comfy_server: ComfyServer) -> None:
+    ours = {name for name, info in comfy_server.object_info().items() if "ComfyUI-Wan-Sharded" in info.get("python_module", "")}
+    assert ours == set(CONTRACT), comfy_server.log_tail()
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_contract_did_not_move(comfy_server: ComfyServer, node_id: str) -> None:
+    required, optional, outputs = CONTRACT[node_id]
+    info = comfy_server.object_info(node_id)[node_id]
+    # A list of pairs: comparing dictionaries would forgive another order.
+    assert list(served_inputs(info, "required").items()) == list(required.items())
+    assert list(served_inputs(info, "optional").items()) == list(optional.items())
+    assert info["output"] == outputs
+
+
+@pytest.mark.parametrize("node_id", DEFAULTS)
+def test_defaults(comfy_server: ComfyServer, node_id: str) -> None:
+    inputs = comfy_server.object_info(node_id)[node_id]["input"]
+    served = {name: spec[1].get("default") for group in inputs.values() for name, spec in group.items() if len(spec) > 1}
+    assert {name: served.get(name) for name in DEFAULTS[node_id]} == DEFAULTS[node_id]
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_everything_is_explained(comfy_server: ComfyServer, node_id: str) -> None:
+    info = comfy_server.object_info(node_id)[node_id]
+    assert info["description"]
+    for group in ("required", "optional"):
+        for name, spec in info["input"].get(group, {}).items():
+            assert len(spec) > 1 and spec[1].get("tooltip"), f"{node_id}.{name} has no tooltip"
+    assert all(info["output_tooltips"]), f"an output of {node_id} has no tooltip"
+
+
+def test_the_tiny_model_is_offered(comfy_server: ComfyServer) -> None:
+    spec = comfy_server.object_info("WanShardedLoader")["WanShardedLoader"]["input"]["required"]["model"]
+    choices = spec[1]["options"] if spec[0] == "COMBO" else spec[0]
+    assert any("wan-tiny" in choice for choice in choices)
+    assert "Wan-AI/Wan2.2-I2V-A14B-Diffusers" in choices
+
+
+def test_the_javascript_is_served(comfy_server: ComfyServer) -> None:
+    files = [path for path in comfy_server.request("/extensions") if "ComfyUI-Wan-Sharded" in path]
+    assert files
+    for path in files:
+        assert comfy_server.request(path)
