@@ -6,6 +6,7 @@ Owns where the file goes and what it carries. Knows nothing of codecs; called by
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def export(
     finally:
         # Not `except`: newer ComfyUI interrupts with a BaseException.
         if not whole:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the error on its way says more
+                path.unlink(missing_ok=True)
     preview = ui.PreviewVideo([ui.SavedResult(path.name, subfolder, io.FolderType.output)])
     return VideoFromFile(str(path)), str(path), preview
 

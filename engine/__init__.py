@@ -5,13 +5,17 @@
 
 from typing import Any
 
-from .errors import WanShardedError
-from .handle import ModelHandle, open_model
-from .pipeline.callbacks import Callbacks, StepReport
-from .pipeline.image_to_video import ImageToVideo, VideoResult
-from .pipeline.request import ImageToVideoRequest, as_picture, fit_size
-from .video.writer import write_video
-from .weights.owner import ModelOwner
+from . import environment
+
+environment.prepare()  # before anything here imports torch
+
+from .errors import WanShardedError  # noqa: E402
+from .handle import ModelHandle, open_model  # noqa: E402
+from .pipeline.callbacks import Callbacks, StepReport  # noqa: E402
+from .pipeline.image_to_video import ImageToVideo, VideoResult  # noqa: E402
+from .pipeline.request import ImageToVideoRequest, as_picture, fit_size  # noqa: E402
+from .video.writer import write_video  # noqa: E402
+from .weights.owner import ModelOwner  # noqa: E402
 
 __all__ = [
     "Callbacks",

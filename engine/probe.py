@@ -11,12 +11,7 @@ import psutil
 import torch
 
 from .planning.devices import DeviceInfo, Machine
-
-
-def pci_bus_order() -> None:
-    """Count GPUs in PCI bus order, as nvidia-smi does. Only has an effect before CUDA is initialised."""
-    if not torch.cuda.is_initialized():
-        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+from .planning.footprint import FRAGMENTATION, FRAGMENTATION_ASYNC, FRAGMENTATION_NATIVE
 
 
 def short_name(name: str) -> str:
@@ -56,7 +51,7 @@ def probe_machine() -> Machine:
     devices = tuple(_device(index, gpu) for index, gpu in enumerate(visible_gpus()))
     if not devices:
         devices = (DeviceInfo(0, "CPU", "cpu", int(psutil.virtual_memory().total), host, is_gpu=False),)
-    return Machine(devices, host, hidden_gpu_warning())
+    return Machine(devices, host, hidden_gpu_warning(), fragmentation())
 
 
 def _device(index: int, gpu: VisibleGpu) -> DeviceInfo:
@@ -66,25 +61,53 @@ def _device(index: int, gpu: VisibleGpu) -> DeviceInfo:
     return DeviceInfo(index, gpu.name, f"cuda:{gpu.torch_index}", gpu.total_bytes, int(free + unused), capability)
 
 
+def is_cuda(torch_device: str) -> bool:
+    """Whether CUDA's functions apply to a device; not to the CPU, nor to a device a test imagines."""
+    return torch.device(torch_device).type == "cuda"
+
+
 def allocated_bytes(torch_device: str) -> int:
     """What this process's tensors take on a device now; 0 for the CPU."""
-    return int(torch.cuda.memory_allocated(torch_device)) if torch_device != "cpu" else 0
+    return int(torch.cuda.memory_allocated(torch_device)) if is_cuda(torch_device) else 0
 
 
 def reset_peak(torch_device: str) -> None:
     """Begin a new measurement of :func:`peak_bytes`."""
-    if torch_device != "cpu":
+    if is_cuda(torch_device):
         torch.cuda.reset_peak_memory_stats(torch_device)
 
 
 def peak_bytes(torch_device: str) -> int:
     """The most the allocator has held on a device since :func:`reset_peak`, cached blocks included; 0 for the CPU."""
-    return int(torch.cuda.max_memory_reserved(torch_device)) if torch_device != "cpu" else 0
+    return int(torch.cuda.max_memory_reserved(torch_device)) if is_cuda(torch_device) else 0
+
+
+def synchronize(torch_device: str) -> None:
+    """Wait until a device has done what was asked of it."""
+    if is_cuda(torch_device):
+        torch.cuda.synchronize(torch_device)
+
+
+def fragmentation() -> float:
+    """What torch's allocator holds at a peak, over what is allocated; by the kind of allocator in use."""
+    if not torch.cuda.is_available():
+        return FRAGMENTATION
+    if torch.cuda.get_allocator_backend() == "cudaMallocAsync":
+        return FRAGMENTATION_ASYNC
+    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+    return FRAGMENTATION if "expandable_segments:True" in settings else FRAGMENTATION_NATIVE
+
+
+def trim(torch_device: str, ceiling_bytes: int) -> None:
+    """Give unused blocks back if the allocator holds more than it should on a device. Waits for the device if so."""
+    if is_cuda(torch_device) and torch.cuda.memory_reserved(torch_device) > ceiling_bytes:
+        torch.cuda.synchronize(torch_device)
+        torch.cuda.empty_cache()
 
 
 def release_cached(torch_devices: Iterable[str]) -> None:
     """Give the allocator's unused blocks back to the driver."""
-    if any(device != "cpu" for device in torch_devices):
+    if any(is_cuda(device) for device in torch_devices):
         torch.cuda.empty_cache()
 
 

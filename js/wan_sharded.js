@@ -13,11 +13,12 @@ import { addTextArea, restoreText, showText } from "./wan_sharded/text_area.js";
 const LOADER = "WanShardedLoader";
 const SAMPLER = "WanShardedI2VSampler";
 const EXPORT = "WanShardedVideoExport";
-const PLACEHOLDERS = {
-  [LOADER]: "Placement: which GPU holds what. Seen here when the workflow runs.",
-  [SAMPLER]: "Notes on the run: settings, time, memory. Seen here when the workflow runs.",
+// Nodes with a text area.
+const TEXTS = {
+  [LOADER]: { placeholder: "Placement: which GPU holds what. Seen here when the workflow runs.", heightPx: 160 },
+  [SAMPLER]: { placeholder: "Notes on the run: settings, time, memory. Seen here when the workflow runs.", heightPx: 100 },
 };
-const MIN_WIDTH_PX = { [LOADER]: 400, [SAMPLER]: 400 };
+const MIN_WIDTH_PX = 400;
 
 app.registerExtension({
   name: "wan_sharded",
@@ -30,8 +31,9 @@ app.registerExtension({
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (!(nodeData.name in PLACEHOLDERS)) return;
+    if (![LOADER, SAMPLER, EXPORT].includes(nodeData.name)) return;
     nodeData.fallbackWidgetsValuesNames = widgetNames(nodeData);
+    if (!(nodeData.name in TEXTS)) return;
 
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
@@ -52,10 +54,11 @@ app.registerExtension({
     const kind = node.comfyClass;
     // Nodes 2.0 of frontend 1.32 takes a result for a video only on nodes with a VIDEO input, or where this is set.
     if (kind === EXPORT) node.previewMediaType = "video";
-    if (!(kind in PLACEHOLDERS)) return;
+    if (!(kind in TEXTS)) return;
     if (kind === LOADER) setUpGpuSliders(node);
-    addTextArea(node, PLACEHOLDERS[kind]);
+    const { placeholder, heightPx } = TEXTS[kind];
+    addTextArea(node, placeholder, heightPx);
     const [width, height] = node.computeSize();
-    node.setSize([Math.max(width, MIN_WIDTH_PX[kind]), height]);
+    node.setSize([Math.max(width, MIN_WIDTH_PX), height]);
   },
 });

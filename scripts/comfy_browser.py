@@ -69,7 +69,17 @@ def fetch_frontend(version: str = NEW_FRONTEND) -> Path | None:
     static = folder / "comfyui_frontend_package" / "static"
     if not static.is_dir():
         # Not into the environment: ComfyUI would serve it as its own.
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, f"comfyui-frontend-package=={version}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            folder,
+            f"comfyui-frontend-package=={version}",
+        ]
         subprocess.run(command, capture_output=True, check=False)
     return static if static.is_dir() else None
 
@@ -85,9 +95,19 @@ class ComfyPage:
         settings: further settings of ComfyUI's frontend.
     """
 
-    def __init__(self, browser: Browser, url: str, *, nodes_2: bool = False, gpu_names: list[str] | None = None, settings: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        browser: Browser,
+        url: str,
+        *,
+        nodes_2: bool = False,
+        gpu_names: list[str] | None = None,
+        settings: dict[str, Any] | None = None,
+    ):
         self.url = url.rstrip("/")
-        self.page = browser.new_page(viewport={"width": 1700, "height": 1150})
+        # One context for all tabs: what it cached need not be fetched and compiled again.
+        context = browser.contexts[0] if browser.contexts else browser.new_context(viewport={"width": 1700, "height": 1150})
+        self.page = context.new_page()
         self.errors: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         chosen = {"Comfy.VueNodes.Enabled": nodes_2, "Comfy.TutorialCompleted": True, "Comfy.UseNewMenu": "Top", **(settings or {})}
@@ -124,7 +144,9 @@ class ComfyPage:
 
     def set_values(self, node_type: str, **values: Any) -> None:
         """Set widgets by name."""
-        self.on_node(node_type, "Object.entries(argument).forEach(([k, v]) => { node.widgets.find((w) => w.name === k).value = v; })", values)
+        self.on_node(
+            node_type, "Object.entries(argument).forEach(([k, v]) => { node.widgets.find((w) => w.name === k).value = v; })", values
+        )
 
     def text(self, node_type: str) -> str:
         """What the read-only text area of a node says."""

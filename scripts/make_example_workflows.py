@@ -39,7 +39,7 @@ NOTE_I2V = """## A photo becomes a video
 2. Describe in **positive** what should happen.
 3. Press **Run**.
 
-Other model files? Choose a folder, or *single files*, in **model**. The default is downloaded on the first run (126 GB).
+The default **model** is downloaded on the first run (126 GB). Have it already? Choose its folder.
 
 Out of memory on a GPU? Lower its slider. 0 is automatic, -1 leaves the GPU out."""
 

@@ -11,6 +11,7 @@ Used by scripts/demo.py and by the ``tiny_checkpoint`` fixture of the tests.
 
 import argparse
 import io
+import json
 import math
 import shutil
 import tempfile
@@ -74,6 +75,21 @@ def make_tokenizer(model_file: Path) -> PreTrainedTokenizerBase:
     return T5TokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", extra_ids=0, model_max_length=512
     )
+
+
+def make_tokenizer_portable(folder: Path) -> None:
+    """Describe the tokenizer of a saved pipeline as the published files do; transformers 4 cannot read what transformers 5 writes."""
+    config = {
+        "tokenizer_class": "T5TokenizerFast",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "extra_ids": 0,
+        "model_max_length": 512,
+    }
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text(encoding="utf-8").replace('"T5Tokenizer"', '"T5TokenizerFast"'), encoding="utf-8")
 
 
 def randomize(module: torch.nn.Module, generator: torch.Generator, gain: float = 1.0) -> None:
@@ -187,6 +203,7 @@ def make_tiny_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         pipeline.save_pretrained(folder)
         shutil.copy(sentencepiece_file, folder / "tokenizer" / "spiece.model")
+    make_tokenizer_portable(folder)
     if sharded:
         for name in ("transformer", "transformer_2"):
             expert = getattr(pipeline, name)

@@ -178,7 +178,7 @@ class _Run:
         )[0]
 
     def _transformer(self, part: str) -> ShardedTransformer:
-        return ShardedTransformer(self.loaded, part, self.callbacks.check_cancelled, self.callbacks.on_load)
+        return ShardedTransformer(self.loaded, part, self.callbacks.check_cancelled, self.callbacks.on_load, self.notes.append)
 
     def _frame(self, picture: torch.Tensor, name: str) -> torch.Tensor:
         request = self.request

@@ -19,9 +19,11 @@ class ShardedTransformer:
     happens inside diffusers' loop.
     """
 
-    def __init__(self, loaded: LoadedModel, part: str, check_cancelled: Callable[[], None], on_load: OnLoad):
+    def __init__(
+        self, loaded: LoadedModel, part: str, check_cancelled: Callable[[], None], on_load: OnLoad, note: Callable[[str], None]
+    ):
         self._loaded, self._part = loaded, part
-        self._check_cancelled, self._on_load = check_cancelled, on_load
+        self._check_cancelled, self._on_load, self._note = check_cancelled, on_load, note
         self.config = loaded.experts[part].model.config
         self.dtype = loaded.precision.dtype
 
@@ -32,12 +34,24 @@ class ShardedTransformer:
             yield
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``WanTransformer3DModel.forward``; outputs come back on the device of ``hidden_states``."""
-        expert = self._loaded.activate(self._part, self._check_cancelled, self._on_load)
-        try:
-            return expert.model(*args, **kwargs)
-        finally:
-            expert.release_fetched()
+        """As ``WanTransformer3DModel.forward``; outputs come back on the device of ``hidden_states``.
+
+        A forward that runs out of memory is repeated with more blocks on the host: it changes nothing but its output.
+        """
+        while True:
+            failed_on = None
+            expert = self._loaded.activate(self._part, self._check_cancelled, self._on_load)
+            try:
+                return expert.model(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                failed_on = self._loaded.failed_device(str(error))
+                if not self._loaded.may_shed(failed_on.index):
+                    raise
+            finally:
+                expert.release_fetched()
+            # Only here, with the exception and the activations its frames hold gone, is there memory again.
+            blocks = self._loaded.shed(failed_on.index)
+            self._note(f"{failed_on.label} ran out of memory; {blocks} blocks moved to system memory and the step was repeated.")
 
 
 class ShardedWanPipeline(WanImageToVideoPipeline):

@@ -60,9 +60,10 @@ class PromptEmbeddings:
 def _encode(folder: Path, prompts: list[str], loaded: LoadedModel, callbacks: Callbacks) -> list[torch.Tensor]:
     plan = loaded.plan
     assert plan is not None
-    on_gpu = plan.budgets[0].device.is_gpu
+    on_gpu = probe.is_cuda(plan.budgets[0].device.torch_device)
     stored_bytes, stored_float32 = _stored(folder / "text_encoder")
-    dtype = torch.bfloat16 if on_gpu and stored_float32 else None
+    # As wide as the experts compute: UMT5 was published in bf16, and float32 would double its 11 GB.
+    dtype = torch.bfloat16 if stored_float32 and plan.budgets[0].device.is_gpu and plan.precision.dtype != torch.float32 else None
     needed = (stored_bytes // 2 if dtype else stored_bytes) + ACTIVATION_BYTES
     devices = [b.device.torch_device for b in plan.budgets]
     encoder = None

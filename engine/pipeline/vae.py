@@ -73,13 +73,13 @@ class ModelVae:
     def _stage(self, *, decode: bool) -> Iterator[tuple[VaeStage, torch.device]]:
         plan = self._loaded.plan
         assert plan is not None
-        stage = choose_vae_stage(self._shape, plan.budgets, decode=decode)
+        stage = choose_vae_stage(self._shape, plan.budgets, decode=decode, fragmentation=plan.fragmentation)
         for note in stage.notes:
             self._note(note)
         device = torch.device(stage.budget.device.torch_device)
         self._loaded.make_room(stage.budget.device.index, stage.bytes_needed, stage.budget.usable_bytes)
         probe.release_cached([stage.budget.device.torch_device])
-        hook = (self._vae.decoder if decode else self._vae.encoder).register_forward_pre_hook(lambda *_: self._check_cancelled())
+        hook = (self._vae.decoder if decode else self._vae.encoder).register_forward_pre_hook(lambda *_: self._between_chunks(stage))
         try:
             self._vae.to(device)
             if self._vae.dtype != stage.dtype:
@@ -91,6 +91,10 @@ class ModelVae:
             self._vae.clear_cache()
             self._vae.to("cpu")
             probe.release_cached([stage.budget.device.torch_device])
+
+    def _between_chunks(self, stage: VaeStage) -> None:
+        self._check_cancelled()
+        probe.trim(stage.budget.device.torch_device, stage.budget.usable_bytes)
 
 
 class PipelineVae(nn.Module):

@@ -1,13 +1,14 @@
 """From sliders to the bytes each device may use. Pure."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import InvalidRequestError, PlacementError
 from .devices import GIB, DeviceInfo, Machine, gib
 
-# The driver's context and the math libraries' workspaces live outside torch's allocator; about 0.4 GiB where measured.
-CONTEXT_BYTES = int(0.5 * GIB)
+# The driver's context and loaded kernels live outside torch's allocator; 0.67 GiB where measured (H200).
+CONTEXT_BYTES = int(0.7 * GIB)
 # "0" leaves this share of what is free untouched, for the desktop and for fragmentation.
 AUTOMATIC_MARGIN = 0.06
 
@@ -20,11 +21,13 @@ class Budget:
         device: the device.
         limit_bytes: the limit, CUDA context included.
         automatic: whether the limit comes from what is free rather than from a slider.
+        ceiling_bytes: the highest limit that a slider could give now.
     """
 
     device: DeviceInfo
     limit_bytes: int
     automatic: bool
+    ceiling_bytes: int
 
     @property
     def usable_bytes(self) -> int:
@@ -54,13 +57,9 @@ def budgets_for(
     notes: list[str] = []
     budgets: list[Budget] = []
     for device in machine.devices:
-        slider = float(sliders_gib.get(device.index, 0.0)) if device.is_gpu else 0.0
+        slider = _slider_gib(device, sliders_gib)
         if slider == -1:
             continue
-        if not (slider >= 0) or slider == float("inf"):
-            raise InvalidRequestError(
-                f"The memory slider of {device.label} is {slider:g}. Use 0 for automatic, -1 to leave the GPU out, or a limit in GiB."
-            )
         free = device.free_bytes + (held_bytes or {}).get(device.index, 0)
         budgets.append(_budget(device, slider, min(free, device.total_bytes), reserved_bytes, notes))
     if not budgets:
@@ -69,19 +68,33 @@ def budgets_for(
     return tuple(budgets), tuple(notes)
 
 
+def _slider_gib(device: DeviceInfo, sliders_gib: Mapping[int, float]) -> float:
+    given = sliders_gib.get(device.index, 0.0) if device.is_gpu else 0.0
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    if value != -1 and not 0 <= value < math.inf:
+        raise InvalidRequestError(
+            f"The memory slider of {device.label} is {given}. Use 0 for automatic, -1 to leave the GPU out, or a limit in GiB."
+        )
+    return value
+
+
 def _budget(device: DeviceInfo, slider_gib: float, free_bytes: int, reserved_bytes: int, notes: list[str]) -> Budget:
+    # Free memory is read with the context already there, so a free byte is a usable byte.
+    context = CONTEXT_BYTES if device.is_gpu else 0
+    ceiling = min(device.total_bytes, free_bytes + context)
     if slider_gib == 0:
         margin = int(AUTOMATIC_MARGIN * free_bytes) + reserved_bytes if device.is_gpu else 0
-        # mem_get_info is read with the context already there, so a free byte is a usable byte.
-        context = CONTEXT_BYTES if device.is_gpu else 0
-        return Budget(device, max(0, free_bytes - margin) + context, automatic=True)
+        return Budget(device, max(0, free_bytes - margin) + context, automatic=True, ceiling_bytes=ceiling)
     limit = int(slider_gib * GIB)
     if limit > device.total_bytes:
         notes.append(f"{device.label}: the slider asks for {slider_gib:g} GiB, more than it has; using {gib(device.total_bytes)}.")
         limit = device.total_bytes
-    if limit > free_bytes + CONTEXT_BYTES:
+    if limit > ceiling:
         notes.append(
             f"{device.label}: only {gib(free_bytes)} of the {gib(limit)} its slider allows are free; other programs hold the rest."
         )
-        limit = free_bytes + CONTEXT_BYTES
-    return Budget(device, limit, automatic=False)
+        limit = ceiling
+    return Budget(device, limit, automatic=False, ceiling_bytes=ceiling)

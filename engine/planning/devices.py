@@ -43,11 +43,13 @@ class Machine:
         devices: the visible GPUs, or the CPU alone where there is none.
         host_available_bytes: system memory that could be used without swapping.
         warnings: sentences for people, such as GPUs the server hides.
+        fragmentation: what the allocator holds at a peak, over what is allocated.
     """
 
     devices: tuple[DeviceInfo, ...]
     host_available_bytes: int
     warnings: tuple[str, ...] = ()
+    fragmentation: float = 1.1
 
 
 def gib(value_bytes: float) -> str:

@@ -8,15 +8,21 @@ from dataclasses import dataclass
 from .devices import GIB
 
 # One Wan block at its peak holds about this many tensors of B*L*D elements in the compute dtype (norms, gates and rotary
-# embedding pass through float32; the feed-forward is 2.7 D wide). Measured: benchmarks/RESULTS.md, "sequential".
-BLOCK_PEAK_TENSORS = 10.0
+# embedding pass through float32; the feed-forward is 2.7 D wide). Measured on an H200: 10.4 at 480x832x81, 10.7 at
+# 720x1280x81 (benchmarks/footprint.py).
+BLOCK_PEAK_TENSORS = 10.8
+# What torch's allocator holds at a peak, over what is allocated, because freed memory is in pieces of the wrong size: with
+# segments that grow, with CUDA's own pool (ComfyUI's default), and with torch's default (benchmarks/whole_run.py).
+FRAGMENTATION = 1.1
+FRAGMENTATION_ASYNC = 1.15
+FRAGMENTATION_NATIVE = 1.5
 # Latents, conditions, text embeddings, the solver's history and small change.
 RUN_OVERHEAD_BYTES = int(0.25 * GIB)
 
-# Wan 2.1's VAE works frame chunk by frame chunk, so its peak follows the picture's area, not the length. Measured at
-# 480x832 and 720x1280 (DESIGN: 7.3 / 9.6 and 16.1 / 21.6 GiB in float32).
-VAE_ENCODE_BYTES_PER_PIXEL_FLOAT32 = 18_500
-VAE_DECODE_BYTES_PER_PIXEL_FLOAT32 = 25_500
+# Wan 2.1's VAE works frame chunk by frame chunk, so its peak follows the picture's area, not the length. Measured on an
+# H200 in float32 (benchmarks/footprint.py): 7.2 / 9.2 GiB for encoding / decoding 480x832x81, 16.1 / 20.7 for 720x1280x81.
+VAE_ENCODE_BYTES_PER_PIXEL_FLOAT32 = 16_700
+VAE_DECODE_BYTES_PER_PIXEL_FLOAT32 = 22_300
 VAE_WEIGHTS_BYTES_FLOAT32 = 508_000_000
 # The tile that diffusers decodes at a time (256x256 pixels), used when the whole picture does not fit.
 VAE_TILE_PIXELS = 256 * 256
@@ -51,18 +57,20 @@ class VideoShape:
         return f"{self.width}x{self.height}x{self.num_frames}{batch}"
 
 
-def transformer_activation_bytes(shape: VideoShape, width: int, element_bytes: int) -> int:
+def transformer_activation_bytes(shape: VideoShape, width: int, element_bytes: int, fragmentation: float = FRAGMENTATION) -> int:
     """Peak of one forward besides weights, on a device that computes whole blocks.
 
     Args:
         shape: the run's size.
         width: D, the transformer's inner width (5120 for 14B).
         element_bytes: of the compute dtype.
+        fragmentation: of the allocator.
     """
-    return int(BLOCK_PEAK_TENSORS * shape.batch_size * shape.tokens * width * element_bytes) + RUN_OVERHEAD_BYTES
+    block = BLOCK_PEAK_TENSORS * shape.batch_size * shape.tokens * width * element_bytes
+    return int(fragmentation * block) + RUN_OVERHEAD_BYTES
 
 
-def vae_bytes(shape: VideoShape, *, decode: bool, element_bytes: int, tiled: bool) -> int:
+def vae_bytes(shape: VideoShape, *, decode: bool, element_bytes: int, tiled: bool, fragmentation: float = FRAGMENTATION) -> int:
     """Peak of encoding or decoding one video, VAE weights included.
 
     Args:
@@ -70,10 +78,23 @@ def vae_bytes(shape: VideoShape, *, decode: bool, element_bytes: int, tiled: boo
         decode: decoding rather than encoding.
         element_bytes: of the VAE's dtype.
         tiled: diffusers' spatial tiling is on.
+        fragmentation: of the allocator.
     """
     per_pixel = VAE_DECODE_BYTES_PER_PIXEL_FLOAT32 if decode else VAE_ENCODE_BYTES_PER_PIXEL_FLOAT32
     pixels = shape.width * shape.height
     worked = min(pixels, VAE_TILE_PIXELS) if tiled else pixels
-    # The video itself, and while it is put together a second copy of it.
-    video = 2 * 3 * shape.num_frames * pixels * element_bytes
-    return int((per_pixel * worked + VAE_WEIGHTS_BYTES_FLOAT32) * element_bytes / 4) + video
+    # The video itself, and while it is put together a second copy of it; decoded tiles overlap and all stand beside it.
+    copies = 3.2 if tiled and decode else 2
+    video = copies * 3 * shape.num_frames * pixels * element_bytes
+    return int(fragmentation * ((per_pixel * worked + VAE_WEIGHTS_BYTES_FLOAT32) * element_bytes / 4 + video))
+
+
+def host_bytes(shape: VideoShape, *, vae_on_host: bool) -> int:
+    """System memory that a run's pictures take at their peak, weights aside: all videos in float32, stacked and put in order.
+
+    Args:
+        shape: the run's size.
+        vae_on_host: the VAE works there too, in tiles if need be.
+    """
+    frames = 4 * 3 * shape.batch_size * shape.num_frames * shape.width * shape.height * 4
+    return frames + (vae_bytes(shape, decode=True, element_bytes=4, tiled=True) if vae_on_host else 0)

@@ -11,8 +11,9 @@ from accelerate import infer_auto_device_map
 from accelerate.utils import compute_module_sizes, get_balanced_memory
 
 from ..errors import InvalidRequestError, PlacementError
-from .budgets import Budget
+from .budgets import CONTEXT_BYTES, Budget
 from .devices import gib
+from .remedies import slider_remedy
 
 HOST = "cpu"
 DEVICE_MAPS = ("auto", "balanced")
@@ -45,8 +46,9 @@ class Placement:
         return sum(self.sizes[name] for name, where in self.homes.items() if where == home)
 
     def predicted_peak_bytes(self, index: int) -> int:
-        """What the allocator is expected to hold on a device at most while this expert works."""
-        return self.weight_bytes(index) + self.reserve_bytes.get(index, 0)
+        """What the allocator is expected to hold on a device at most while this expert works; 0 where it does not compute."""
+        weights = self.weight_bytes(index)
+        return weights + self.reserve_bytes.get(index, 0) if weights or index == self.main_device else 0
 
     @property
     def offloaded(self) -> tuple[str, ...]:
@@ -63,6 +65,7 @@ def place_expert(
     host_bytes: int,
     dtype: torch.dtype,
     special_dtypes: Mapping[str, torch.dtype],
+    remedies: bool = True,
 ) -> Placement:
     """Share an expert's modules out over the budgets.
 
@@ -74,74 +77,128 @@ def place_expert(
         activation_bytes: what a run needs on each computing device besides weights.
         host_bytes: host memory that offloaded weights may take.
         dtype: of the weights in memory; ``special_dtypes`` overrides it by parameter name.
+        remedies: look for the slider that would do, should it not fit.
 
     Raises:
         InvalidRequestError: ``device_map`` or ``offload`` is unknown.
-        PlacementError: it does not fit; the message says by how much and which slider to move.
+        PlacementError: it does not fit; the message says by how much, and which slider at which value would do.
     """
     if device_map not in DEVICE_MAPS:
         raise InvalidRequestError(f"device_map is {device_map!r}; choose one of {', '.join(DEVICE_MAPS)}.")
     if offload not in OFFLOADS:
         raise InvalidRequestError(f"offload is {offload!r}; choose one of {', '.join(OFFLOADS)}.")
-    sizing = {"dtype": dtype, "special_dtypes": dict(special_dtypes)}
-    module_sizes = compute_module_sizes(model, **sizing)
-    no_split = list(getattr(model, "_no_split_modules", None) or ())
-    block_bytes = max((size for name, size in module_sizes.items() if _is_block(name)), default=0)
+    all_sizes = compute_module_sizes(model, dtype=dtype, special_dtypes=dict(special_dtypes))
+    sizes = {part: int(all_sizes[part]) if _has_weights(model, part) else 0 for part in parts_of(model)}
+    wish = _Wish(sizes, device_map, offload, activation_bytes, host_bytes)
     if not budgets[0].device.is_gpu:
-        return _all_on_cpu(model, module_sizes, budgets, activation_bytes)
+        return _all_on_cpu(wish, budgets)
+    try:
+        return _place(wish, budgets)
+    except PlacementError as error:
+        if not remedies:
+            raise
+        raise PlacementError(f"{error} {slider_remedy(budgets, lambda tried: _fits(wish, tried))}") from None
 
-    reserve = {b.device.index: activation_bytes for b in budgets}
-    room = {index: max(0, b.usable_bytes - reserve[index]) for index, b in ((b.device.index, b) for b in budgets)}
-    if offload == "cpu":
-        homes, notes = _map(model, {index: 0 for index in room}, host_bytes, "auto", no_split, sizing), []
-    else:
-        homes, notes = _mapped(model, room, host_bytes, device_map, no_split, sizing)
-    spilled = HOST in homes.values()
-    main = next((where for where in homes.values() if isinstance(where, int)), _roomiest(room))
-    if spilled and offload != "none":
-        # Whatever computes the spilled blocks also needs room for one of them while it is fetched.
-        reserve[main] += block_bytes
-        room[main] = max(0, room[main] - block_bytes)
-        if offload == "auto":
-            homes, notes = _mapped(model, room, host_bytes, device_map, no_split, sizing)
-            main = next((where for where in homes.values() if isinstance(where, int)), main)
+
+@dataclass(frozen=True)
+class _Wish:
+    """What is to be placed (part -> bytes, in the order they compute), and how."""
+
+    sizes: Mapping[str, int]
+    device_map: str
+    offload: str
+    activation_bytes: int
+    host_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def fetch_bytes(self, homes: Mapping[str, Home]) -> int:
+        """Room for what is fetched from the host: blocks share it, what comes before and after them has its own."""
+        waiting = [part for part, home in homes.items() if home == HOST]
+        blocks = max((self.sizes[part] for part in waiting if part.startswith("blocks.")), default=0)
+        return blocks + sum(self.sizes[part] for part in waiting if not part.startswith("blocks."))
+
+
+def _fits(wish: _Wish, budgets: tuple[Budget, ...]) -> bool:
+    try:
+        _place(wish, budgets)
+    except PlacementError:
+        return False
+    return True
+
+
+def _place(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
+    usable = {b.device.index: b.usable_bytes for b in budgets}
+    fetch_bytes = dict.fromkeys(usable, 0)
+    while True:
+        room = {index: max(0, usable[index] - wish.activation_bytes - fetch_bytes[index]) for index in usable}
+        homes, notes = _homes(wish, room)
+        main = _main_device(wish, homes, room)
+        needed = wish.fetch_bytes(homes)
+        if fetch_bytes[main] >= needed:
+            break
+        # Whatever computes what is on the host also needs room to fetch it. Reserving that may move more to the host, or
+        # make another device the main one, which then has to reserve it too.
+        fetch_bytes[main] = needed
+    reserve = {index: wish.activation_bytes + (fetch_bytes[index] if index == main else 0) for index in usable}
     # Parts without weights (rotary tables, the last norm) are needed where the inputs are.
-    homes = {name: where if any(True for _ in _weights(model, name)) else main for name, where in homes.items()}
-    placement = Placement(homes, {name: module_sizes[name] for name in homes}, reserve, main, budgets, tuple(notes))
-    _check(placement, module_sizes[""], offload, host_bytes, activation_bytes, block_bytes)
+    homes = {part: home if wish.sizes[part] else main for part, home in homes.items()}
+    placement = Placement(homes, wish.sizes, reserve, main, budgets, notes)
+    _check(placement, wish)
     return placement
 
 
-def _is_block(name: str) -> bool:
-    head, _, tail = name.partition(".")
-    return head == "blocks" and tail.isdigit()
-
-
-def _weights(model: torch.nn.Module, name: str):
-    return [model._parameters[name]] if name in model._parameters else model.get_submodule(name).parameters()
-
-
-def _roomiest(room: Mapping[int, int]) -> int:
-    return max(room, key=lambda index: room[index])
-
-
-def _mapped(model, room, host_bytes, device_map, no_split, sizing) -> tuple[dict[str, Home], list[str]]:
+def _homes(wish: _Wish, room: Mapping[int, int]) -> tuple[dict[str, Home], tuple[str, ...]]:
     """The asked map, or accelerate's "auto" where "balanced" would leave more on the host than need be."""
-    homes = _map(model, room, host_bytes, device_map, no_split, sizing)
-    if device_map == "balanced" and HOST in homes.values():
-        filled = _map(model, room, host_bytes, "auto", no_split, sizing)
-        on_host = sum(where == HOST for where in homes.values())
-        if sum(where == HOST for where in filled.values()) < on_host:
-            return filled, [f"An even split would have left {on_host} parts in system memory, so the GPUs are filled one after another."]
-    return homes, []
+    if wish.offload == "cpu":
+        return _map(wish, dict.fromkeys(room, 0), "auto"), ()
+    homes = _map(wish, room, wish.device_map)
+    if wish.device_map == "balanced" and HOST in homes.values():
+        filled = _map(wish, room, "auto")
+        on_host, least = (sum(home == HOST for home in some.values()) for some in (homes, filled))
+        if least < on_host:
+            return filled, (f"An even split would have left {on_host} parts in system memory, so the GPUs are filled one after another.",)
+    return homes, ()
 
 
-def _map(model, room: Mapping[int, int], host_bytes: int, device_map: str, no_split, sizing) -> dict[str, Home]:
-    max_memory: dict[int | str, int] = {**room, HOST: host_bytes}
+def _main_device(wish: _Wish, homes: Mapping[str, Home], room: Mapping[int, int]) -> int:
+    """The device of the first part that has weights and a device, or the roomiest one."""
+    first = next((home for part, home in homes.items() if isinstance(home, int) and wish.sizes[part]), None)
+    return max(room, key=lambda index: room[index]) if first is None else first
+
+
+def _map(wish: _Wish, room: Mapping[int, int], device_map: str) -> dict[str, Home]:
+    """accelerate's map of the parts. It sees one parameter per part: its time grows with their square, and it must split none."""
+    skeleton, no_split = _skeleton(wish.sizes), [_Part.__name__]
+    max_memory: dict[int | str, int] = {**room, HOST: wish.host_bytes}
     if device_map == "balanced" and sum(value > 0 for value in room.values()) > 1:
-        max_memory = get_balanced_memory(model, dict(max_memory), no_split_module_classes=no_split, **sizing)
-    mapped = infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=no_split, clean_result=False, **sizing)
-    return {part: _home(part, mapped) for part in parts_of(model)}
+        max_memory = get_balanced_memory(skeleton, dict(max_memory), no_split_module_classes=no_split)
+    mapped = infer_auto_device_map(skeleton, max_memory=max_memory, no_split_module_classes=no_split, clean_result=False)
+    # accelerate may name the list of blocks as a whole.
+    return {part: mapped[part] if part in mapped else mapped["blocks"] for part in wish.sizes}
+
+
+class _Part(torch.nn.Module):
+    """As many bytes as a part has, on the meta device."""
+
+    def __init__(self, size_bytes: int):
+        super().__init__()
+        if size_bytes:
+            self.weight = torch.nn.Parameter(torch.empty(size_bytes, dtype=torch.int8, device="meta"), requires_grad=False)
+
+
+def _skeleton(sizes: Mapping[str, int]) -> torch.nn.Module:
+    root = torch.nn.Module()
+    for part, size in sizes.items():
+        if part.startswith("blocks."):
+            if not hasattr(root, "blocks"):
+                root.blocks = torch.nn.ModuleList()
+            root.blocks.append(_Part(size))
+        else:
+            root.add_module(part, _Part(size))
+    return root
 
 
 def parts_of(model: torch.nn.Module) -> list[str]:
@@ -152,42 +209,40 @@ def parts_of(model: torch.nn.Module) -> list[str]:
     return names
 
 
-def _home(part: str, mapped: Mapping[str, Home]) -> Home:
-    """accelerate may name a parent of a part, or split a part that is no block; then it lives where all of it can."""
-    whole = next((where for name, where in mapped.items() if name in ("", part) or part.startswith(f"{name}.")), None)
-    if whole is not None:
-        return whole
-    pieces = [where for name, where in mapped.items() if name.startswith(f"{part}.")]
-    return next((where for where in pieces if isinstance(where, str)), pieces[0])
+def _has_weights(model: torch.nn.Module, part: str) -> bool:
+    return part in model._parameters or any(True for _ in model.get_submodule(part).parameters())
 
 
-def _all_on_cpu(model, module_sizes, budgets, activation_bytes) -> Placement:
-    """Without a GPU there is one device and nothing to share out."""
-    index = budgets[0].device.index
-    homes: dict[str, Home] = {name: index for name in parts_of(model)}
-    return Placement(homes, {name: module_sizes.get(name, 0) for name in homes}, {index: activation_bytes}, index, budgets)
+def _all_on_cpu(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
+    """Without a GPU there is one device and nothing to share out; weights are mapped from their files."""
+    budget = budgets[0]
+    if wish.activation_bytes > budget.usable_bytes:
+        raise PlacementError(
+            f"This video size needs {gib(wish.activation_bytes)} of system memory for activations, and {gib(budget.usable_bytes)} are free. "
+            "Make the video smaller or shorter, or close other programs."
+        )
+    index = budget.device.index
+    return Placement(dict.fromkeys(wish.sizes, index), wish.sizes, {index: wish.activation_bytes}, index, budgets)
 
 
-def _check(placement: Placement, total: int, offload: str, host_bytes: int, activation_bytes: int, block_bytes: int) -> None:
+def _check(placement: Placement, wish: _Wish) -> None:
     limits = ", ".join(f"{b.device.label}: {gib(b.limit_bytes)}" for b in placement.budgets)
     on_host = placement.weight_bytes(HOST)
     if "disk" in placement.homes.values():
         raise PlacementError(
-            f"The expert's weights ({gib(total)}) fit neither the GPUs ({limits}) nor the {gib(host_bytes)} of free system memory. "
-            "Choose weight_dtype fp8_e4m3fn or int8, raise a slider, or close other programs."
+            f"The expert's weights ({gib(wish.total_bytes)}) fit neither the GPUs ({limits}) nor the {gib(wish.host_bytes)} of free system "
+            "memory. Choose weight_dtype fp8_e4m3fn or int8, or close other programs."
         )
-    if on_host and offload == "none":
+    if on_host and wish.offload == "none":
         raise PlacementError(
-            f"{gib(on_host)} of the expert's {gib(total)} do not fit on the GPUs ({limits}; {gib(activation_bytes)} of each are needed "
-            "for activations), and offload is 'none'. Raise a slider, choose a smaller weight_dtype, or set offload to 'auto'."
+            f"{gib(on_host)} of the expert's {gib(wish.total_bytes)} do not fit on the GPUs ({limits}; {gib(wish.activation_bytes)} of each "
+            "are needed for activations), and offload is 'none'. Set offload to 'auto', or choose a smaller weight_dtype."
         )
-    main = next(b for b in placement.budgets if b.device.index == placement.main_device)
     for budget in placement.budgets:
         index = budget.device.index
-        if placement.predicted_peak_bytes(index) > budget.usable_bytes and (placement.weight_bytes(index) or budget is main):
-            needed = activation_bytes + (block_bytes if on_host else 0)
+        if placement.predicted_peak_bytes(index) > budget.usable_bytes:
+            needed = CONTEXT_BYTES + placement.reserve_bytes[index]
             raise PlacementError(
-                f"The memory slider of {budget.device.label} allows {gib(budget.limit_bytes)}, but this video size needs "
-                f"{gib(needed)} there for activations and one block, before any weights. Raise the slider, set it to -1 to leave "
-                "this GPU out, or make the video smaller or shorter."
+                f"{budget.device.label} may use {gib(budget.limit_bytes)}, but this video size needs {gib(needed)} there for activations "
+                "and the block being fetched, before any weights stay there. Make the video smaller or shorter."
             )

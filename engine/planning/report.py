@@ -54,7 +54,7 @@ def _home_line(label: str, placement: Placement, home: int | str) -> list[str]:
     if not parts:
         return []
     others = len([name for name in parts if not name.startswith("blocks.")])
-    words = ", ".join(filter(None, (block_ranges(parts), f"{others} other parts" if others else "")))
+    words = ", ".join(filter(None, (block_ranges(parts), f"{others} other part{'s' if others > 1 else ''}" if others else "")))
     return [f"  {label}: {words} ({gib(placement.weight_bytes(home))})"]
 
 

@@ -28,7 +28,7 @@ class VaeStage:
     notes: tuple[str, ...] = ()
 
 
-def choose_vae_stage(shape: VideoShape, budgets: tuple[Budget, ...], *, decode: bool) -> VaeStage:
+def choose_vae_stage(shape: VideoShape, budgets: tuple[Budget, ...], *, decode: bool, fragmentation: float) -> VaeStage:
     """The best way that fits: float32 whole, then bf16 whole, then bf16 in tiles, on the roomiest device.
 
     Where even tiles don't fit on a GPU the last way is returned all the same; it is what has the best chance.
@@ -40,7 +40,7 @@ def choose_vae_stage(shape: VideoShape, budgets: tuple[Budget, ...], *, decode: 
         ways = [(torch.float32, False), (torch.float32, True)]
     needed = 0
     for dtype, tiled in ways:
-        needed = vae_bytes(shape, decode=decode, element_bytes=dtype.itemsize, tiled=tiled)
+        needed = vae_bytes(shape, decode=decode, element_bytes=dtype.itemsize, tiled=tiled, fragmentation=fragmentation)
         if needed <= roomiest.usable_bytes:
             break
     else:

@@ -145,8 +145,8 @@ class VideoEncoder:
         return stream
 
     def _write_sound(self) -> None:
-        # Sound goes in step with the frames: the muxer holds packets back until every stream has caught up, so sound that
-        # came last would keep the whole compressed video in memory. And it ends where the video ends without knowing where.
+        # Sound goes in step with the frames: the muxer orders packets of both by time and holds back what came too early, so
+        # sound that came last would pile the compressed video up in memory. And it ends with the video, however long that is.
         if self._sound is None:
             return
         start = (self._frames_written - 1) / self._frame_rate

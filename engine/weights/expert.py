@@ -19,10 +19,13 @@ from ..checkpoints.diffusers_folder import ComponentFiles, component_config
 from ..errors import CheckpointError
 from ..planning.placement import HOST, Placement, parts_of
 from . import hooks
+from .moving import moved
 from .precision import Precision, parameter_dtypes, quantizable_weights, quantize
 
 NOWHERE = torch.device("meta")
 CPU = torch.device("cpu")
+# Of a part's bytes, what may be converted each time it is read: norms and tables, never a matrix.
+CHEAP_SHARE = 0.05
 
 
 class Expert:
@@ -111,11 +114,15 @@ class Expert:
         self._move(part, NOWHERE)
         self._locations[part] = NOWHERE
 
-    def is_as_stored(self, part: str) -> bool:
-        """Whether the file holds this part exactly as it is kept, so that the mapped file serves as its host copy."""
-        return all(
-            full not in self._quantized and self._stored_dtype(full) == self.dtypes[full] for full, _, _ in self._parameters(part)
+    def is_cheap_to_read(self, part: str) -> bool:
+        """Whether the file holds nearly all of this part as it is kept, so that the mapped file serves as its host copy."""
+        converted = sum(
+            parameter.numel()
+            for full, module, name in self._parameters(part)
+            if (parameter := module._parameters[name]) is not None
+            and (full in self._quantized or self._stored_dtype(full) != self.dtypes[full])
         )
+        return converted * 4 <= CHEAP_SHARE * self._sizes[part]
 
     def _stored_dtype(self, name: str) -> torch.dtype | None:
         names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -137,7 +144,7 @@ class Expert:
             if device == NOWHERE:  # quantized tensors know no meta device
                 new = torch.empty(old.shape, dtype=old.dtype, device=device)
             else:
-                new = old.to(device, non_blocking=device.type == "cuda")
+                new = moved(old.data, device)
             module._parameters[name] = nn.Parameter(new, requires_grad=False)
         if part in self.model._modules and device != NOWHERE:
             self._move_buffers(part, device)
@@ -176,15 +183,28 @@ class Expert:
 
     # ---- computing
 
-    def dispatch(self, placement: Placement, devices: Mapping[int, torch.device], check_cancelled: hooks.CheckCancelled) -> None:
-        """Make the model callable with its parts where the placement has them (they must be there already)."""
+    def dispatch(
+        self,
+        placement: Placement,
+        devices: Mapping[int, torch.device],
+        check_cancelled: hooks.CheckCancelled,
+        ceilings: Mapping[torch.device, int],
+    ) -> None:
+        """Make the model callable with its parts where the placement has them (they must be there already).
+
+        Args:
+            placement: the homes.
+            devices: visible index -> torch's device.
+            check_cancelled: raises when the run should stop.
+            ceilings: the most the allocator should hold on each device.
+        """
         self.undispatch()
         main = devices[placement.main_device]
         execution = {
             part: main if home == HOST else devices[int(home)] for part, home in placement.homes.items() if part not in self.model._parameters
         }
         offloaded = frozenset(part for part in placement.offloaded if part in execution)
-        self._fetches = hooks.attach(self.model, execution, offloaded, main, check_cancelled)
+        self._fetches = hooks.attach(self.model, execution, offloaded, main, check_cancelled, ceilings)
 
     def undispatch(self) -> None:
         """Take all hooks off; the parts stay where they are."""

@@ -1,19 +1,74 @@
 """What happens around each part of a dispatched expert: inputs to its device, host weights fetched, a look at the clock.
 
-accelerate's own ``AlignDevicesHook`` moves inputs. Its offloading rebuilds each parameter from its class, which torchao's
-tensors don't survive, and goes leaf by leaf; ``FetchHook`` swaps whole parameters of a whole block instead.
+On accelerate's hooks. accelerate's own offloading rebuilds each parameter from its class, which torchao's tensors don't
+survive, and allocates leaf by leaf; ``FetchHook`` copies a whole block into room that is made once.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import find_device, send_to_device
 from torch import nn
+
+from .. import probe
+from .moving import inner_tensors, moved
 
 CheckCancelled = Callable[[], None]
 # So many blocks may be queued on a GPU before the host waits: enough to keep it busy, few enough to stop within a moment.
 RUN_AHEAD_BLOCKS = 2
+
+
+class FetchBuffer:
+    """Room on one device for the weights of one block, shared by all blocks that are fetched there.
+
+    Made once, so that fetching allocates nothing: freed and new weights among the activations would fragment the
+    allocator, by more than a gigabyte where measured. Copies run on the stream that computes, so a block's weights are
+    never overwritten while they are used.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._room: dict[tuple, nn.Parameter] = {}
+
+    def fill(self, name: str, host: nn.Parameter) -> nn.Parameter:
+        """A device copy of a host parameter, in the room that parameters of this name and shape share."""
+        key = (name, host.shape, host.dtype, type(host.data))
+        if key not in self._room:
+            # Never the host's own memory, which the next fill would overwrite.
+            self._room[key] = nn.Parameter(moved(host.data, self.device, copy=True), requires_grad=False)
+        else:
+            for there, here in zip(inner_tensors(self._room[key].data), inner_tensors(host.data), strict=True):
+                there.copy_(here)
+        return self._room[key]
+
+    def clear(self) -> None:
+        """Give the room back."""
+        self._room.clear()
+
+
+class SendHook(ModelHook):
+    """Sends a module's inputs to the device that computes it.
+
+    As accelerate's ``AlignDevicesHook``, which besides moves the module's own parameters when it is attached; ours wait
+    on the host.
+    """
+
+    no_grad = True
+
+    def __init__(self, device: torch.device, *, return_to_input: bool = False):
+        self.device = device
+        self._return_to_input = return_to_input
+        self._input_device = device
+
+    def pre_forward(self, module: nn.Module, *args, **kwargs):
+        if self._return_to_input:
+            self._input_device = find_device([args, kwargs]) or self.device
+        return send_to_device(args, self.device), send_to_device(kwargs, self.device)
+
+    def post_forward(self, module: nn.Module, output):
+        return send_to_device(output, self._input_device) if self._return_to_input else output
 
 
 class FetchHook(ModelHook):
@@ -25,17 +80,17 @@ class FetchHook(ModelHook):
 
     no_grad = True
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, buffer: FetchBuffer, *, keep_room: bool):
+        self._buffer = buffer
+        self._keep_room = keep_room
         self._host: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def pre_forward(self, module: nn.Module, *args, **kwargs):
-        for owner in module.modules():
+        for prefix, owner in module.named_modules():
             for name, parameter in owner._parameters.items():
                 if parameter is not None:
                     self._host.append((owner, name, parameter))
-        for owner, name, parameter in self._host:
-            owner._parameters[name] = nn.Parameter(parameter.to(self.device, non_blocking=True), requires_grad=False)
+                    owner._parameters[name] = self._buffer.fill(f"{prefix}.{name}", parameter)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output):
@@ -47,20 +102,25 @@ class FetchHook(ModelHook):
         for owner, name, parameter in self._host:
             owner._parameters[name] = parameter
         self._host.clear()
+        if not self._keep_room:
+            self._buffer.clear()
 
 
 class PaceHook(ModelHook):
-    """Lets a cancel through between blocks, and keeps the host from queueing a whole forward ahead of the GPU."""
+    """Between blocks: lets a cancel through, keeps the host from queueing a whole forward ahead of the GPU, and the allocator
+    from keeping more than its limit."""
 
-    def __init__(self, device: torch.device, check_cancelled: CheckCancelled, queued: "deque[torch.cuda.Event]"):
+    def __init__(self, device: torch.device, check_cancelled: CheckCancelled, ceiling_bytes: int, queued: "deque[torch.cuda.Event]"):
         self.device = device
         self.check_cancelled = check_cancelled
+        self.ceiling_bytes = ceiling_bytes
         self.queued = queued
 
     def pre_forward(self, module: nn.Module, *args, **kwargs):
         self.check_cancelled()
         while len(self.queued) > RUN_AHEAD_BLOCKS:
             self.queued.popleft().synchronize()
+        probe.trim(str(self.device), self.ceiling_bytes)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output):
@@ -77,6 +137,7 @@ def attach(
     offloaded: frozenset[str],
     main_device: torch.device,
     check_cancelled: CheckCancelled,
+    ceilings: Mapping[torch.device, int],
 ) -> list[FetchHook]:
     """Dispatch a model whose parts are already at their homes.
 
@@ -86,22 +147,25 @@ def attach(
         offloaded: the names among them whose weights stay on the host.
         main_device: where the model's inputs go first.
         check_cancelled: raises when the run should stop; asked before every block.
+        ceilings: the most the allocator should hold on each device.
 
     Returns:
         The fetch hooks, to be released should a forward raise.
     """
     fetches: list[FetchHook] = []
+    buffers = {device: FetchBuffer(device) for device in set(execution_devices.values())}
     queued: deque[torch.cuda.Event] = deque()
-    add_hook_to_module(model, AlignDevicesHook(execution_device=main_device, io_same_device=True))
+    add_hook_to_module(model, SendHook(main_device, return_to_input=True))
     for name, device in execution_devices.items():
         module = model.get_submodule(name)
         if not any(True for _ in module.parameters()) and not any(True for _ in module.buffers()):
             continue  # a norm without weights computes where its input is
-        add_hook_to_module(module, AlignDevicesHook(execution_device=device), append=True)
+        add_hook_to_module(module, SendHook(device), append=True)
         if name.startswith("blocks."):
-            add_hook_to_module(module, PaceHook(device, check_cancelled, queued), append=True)
+            add_hook_to_module(module, PaceHook(device, check_cancelled, ceilings[device], queued), append=True)
         if name in offloaded:
-            fetch = FetchHook(device)
+            is_block = name.startswith("blocks.")
+            fetch = FetchHook(buffers[device] if is_block else FetchBuffer(device), keep_room=is_block)
             fetches.append(fetch)
             add_hook_to_module(module, fetch, append=True)
     return fetches

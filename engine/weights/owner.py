@@ -6,6 +6,7 @@ it; ``release`` lets everything go. All of it runs under one lock: one video at 
 
 import gc
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,11 +16,13 @@ import torch
 
 from .. import probe
 from ..checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE
+from ..errors import PlacementError
 from ..handle import ModelHandle
 from ..planning.budgets import Budget, budgets_for
-from ..planning.devices import GIB, Machine
+from ..planning.devices import GIB, DeviceInfo, Machine
 from ..planning.footprint import VideoShape, transformer_activation_bytes
 from ..planning.placement import HOST, Placement, place_expert
+from ..planning.remedies import check_host_memory, length_remedy
 from .expert import CPU, Expert
 from .precision import Precision, resolve_precision
 
@@ -29,6 +32,8 @@ logger = logging.getLogger(__name__)
 OnLoad = Callable[[int, int, str], None]
 # System memory that parked weights never take.
 HOST_RESERVE_BYTES = 2 * GIB
+# What moves to the host at a time when a forward runs out of memory.
+SHED_BYTES = GIB
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Plan:
         budgets: the limits.
         placements: expert part name ("transformer", "transformer_2") -> its placement.
         precision: how weights are kept.
+        fragmentation: of the allocator, as planned for.
+        offload: what the user allows, "auto", "cpu" or "none".
         notes: sentences for people.
     """
 
@@ -47,6 +54,8 @@ class Plan:
     budgets: tuple[Budget, ...]
     placements: Mapping[str, Placement]
     precision: Precision
+    fragmentation: float
+    offload: str
     notes: tuple[str, ...]
 
     @property
@@ -65,7 +74,9 @@ class LoadedModel:
         self.experts = {part: Expert(EXPERT_WORDS[part], files, precision) for part, files in handle.folder.experts.items()}
         self.precision = precision
         self.plan: Plan | None = None
+        self.learned_reserve_bytes = 0
         self._dispatched: dict[str, Placement] = {}
+        self._check_cancelled: Callable[[], None] = lambda: None
 
     def set_plan(self, plan: Plan) -> None:
         """Follow a new plan from the next activation on."""
@@ -86,6 +97,7 @@ class LoadedModel:
             CheckpointError: a file can't be read any more.
         """
         plan, expert = self._planned(), self.experts[part]
+        self._check_cancelled = check_cancelled
         placement = plan.placements[part]
         if self._dispatched.get(part) is placement:
             return expert
@@ -103,7 +115,12 @@ class LoadedModel:
                 expert.bring(name, home, stage)
         on_load(len(parts), len(parts), expert.name)
         self._synchronize()
-        expert.dispatch(placement, {b.device.index: torch.device(b.device.torch_device) for b in plan.budgets}, check_cancelled)
+        # Leftovers of conversions would stand in the way of activations.
+        probe.release_cached([b.device.torch_device for b in plan.budgets])
+        # Hooks outlive the run that made them: they must ask the run that computes, not that one.
+        devices = {b.device.index: torch.device(b.device.torch_device) for b in plan.budgets}
+        ceilings = {torch.device(b.device.torch_device): b.usable_bytes for b in plan.budgets}
+        expert.dispatch(placement, devices, lambda: self._check_cancelled(), ceilings)
         self._dispatched[part] = placement
         return expert
 
@@ -139,10 +156,51 @@ class LoadedModel:
         if self._dispatched.pop(part, None) is not None:
             expert.undispatch()
         room = psutil.virtual_memory().available - HOST_RESERVE_BYTES
-        if expert.is_as_stored(name) or expert.part_bytes(name) > room:
+        if expert.is_cheap_to_read(name) or expert.part_bytes(name) > room:
             expert.drop(name)
         else:
             expert.bring(name, CPU, CPU)
+
+    def failed_device(self, message: str) -> DeviceInfo:
+        """The device that an out-of-memory message names, or else the one with the least room left."""
+        plan = self._planned()
+        named = re.search(r"GPU (\d+)|device (\d+)", message)
+        for budget in plan.budgets:
+            if named and budget.device.torch_device == f"cuda:{named[1] or named[2]}":
+                return budget.device
+        return min(plan.budgets, key=lambda b: b.usable_bytes - self.resident_bytes(torch.device(b.device.torch_device))).device
+
+    def may_shed(self, index: int) -> bool:
+        """Whether blocks may leave a device for the host: some are there, and the user has not forbidden it."""
+        plan = self._planned()
+        return plan.offload != "none" and any(
+            home == index and name.startswith("blocks.") for name, home in plan.placements[HIGH_NOISE].homes.items()
+        )
+
+    def shed(self, index: int) -> int:
+        """After a forward ran out of memory: give blocks that live on a device a home on the host, for both experts.
+
+        Args:
+            index: the device that ran out.
+
+        Returns:
+            How many blocks. They move at the next activation.
+        """
+        plan = self._planned()
+        first = plan.placements[HIGH_NOISE]
+        blocks = [name for name, home in first.homes.items() if home == index and name.startswith("blocks.")]
+        count = -(-SHED_BYTES // max(1, first.sizes["blocks.0"]))
+        if index == first.main_device and not any(name.startswith("blocks.") for name in first.offloaded):
+            count += 1  # the first block on the host brings a buffer of its size for fetching
+        gone = set(blocks[-count:])
+        placements = {
+            part: replace(placement, homes={name: HOST if name in gone else home for name, home in placement.homes.items()})
+            for part, placement in plan.placements.items()
+        }
+        self.learned_reserve_bytes += sum(first.sizes[name] for name in gone)
+        self.set_plan(replace(plan, placements=placements))
+        probe.release_cached([b.device.torch_device for b in plan.budgets])
+        return len(gone)
 
     def resident_bytes(self, device: torch.device) -> int:
         """Bytes of weights on a device, both experts."""
@@ -168,8 +226,7 @@ class LoadedModel:
 
     def _synchronize(self) -> None:
         for budget in self._planned().budgets:
-            if budget.device.torch_device != "cpu":
-                torch.cuda.synchronize(budget.device.torch_device)
+            probe.synchronize(budget.device.torch_device)
 
 
 class ModelOwner:
@@ -220,7 +277,9 @@ class ModelOwner:
         precision, notes = resolve_precision(handle.weight_dtype, handle.folder.experts[HIGH_NOISE].stored_dtype, on_gpu=on_gpu)
         key = (str(handle.folder.path), handle.folder.fingerprint, precision)
         loaded = self._loaded if self._key == key and self._loaded is not None else LoadedModel(handle, precision)
-        return key, loaded, make_plan(handle, loaded, machine, shape, notes, reserved_bytes=reserved_bytes)
+        # What another model holds now is let go before this one arrives, so it counts as free.
+        plan = make_plan(handle, loaded, machine, shape, notes, in_memory=self._loaded or loaded, reserved_bytes=reserved_bytes)
+        return key, loaded, plan
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes of weights on each device, by torch's device name."""
@@ -264,28 +323,50 @@ def make_plan(
     shape: VideoShape,
     notes: tuple[str, ...] = (),
     *,
+    in_memory: LoadedModel,
     reserved_bytes: int = 0,
 ) -> Plan:
     """Homes for both experts for a run of a size. Moves nothing.
 
+    Args:
+        handle: how to spread it.
+        loaded: the model to place.
+        machine: the devices as they are now.
+        shape: the run's size.
+        notes: to be repeated in the plan.
+        in_memory: whose weights are on the devices now; they count as free.
+        reserved_bytes: what the application wants left alone on each GPU.
+
     Raises:
-        PlacementError: it does not fit; the message names the slider and the value.
+        PlacementError: it does not fit; the message names the slider and the value, and the length that would fit.
     """
-    held = {d.index: loaded.resident_bytes(torch.device(d.torch_device)) for d in machine.devices}
+    held = {d.index: in_memory.resident_bytes(torch.device(d.torch_device)) for d in machine.devices}
     budgets, budget_notes = budgets_for(machine, handle.max_memory_gib, held_bytes=held, reserved_bytes=reserved_bytes)
-    placements = {}
-    for part, expert in loaded.experts.items():
-        config = expert.model.config
-        width = config.num_attention_heads * config.attention_head_dim
-        placements[part] = place_expert(
-            expert.model,
-            budgets,
-            device_map=handle.device_map,
-            offload=handle.offload,
-            activation_bytes=transformer_activation_bytes(shape, width, loaded.precision.dtype.itemsize),
-            host_bytes=max(0, machine.host_available_bytes - HOST_RESERVE_BYTES + loaded.resident_bytes(CPU)),
-            dtype=loaded.precision.dtype,
-            special_dtypes=expert.dtypes,
-        )
+    host_bytes = max(0, machine.host_available_bytes - HOST_RESERVE_BYTES + in_memory.resident_bytes(CPU))
+
+    def place(size: VideoShape, *, remedies: bool = True) -> dict[str, Placement]:
+        check_host_memory(size, machine.host_available_bytes, vae_on_host=not budgets[0].device.is_gpu)
+        placements = {}
+        for part, expert in loaded.experts.items():
+            config = expert.model.config
+            width = config.num_attention_heads * config.attention_head_dim
+            placements[part] = place_expert(
+                expert.model,
+                budgets,
+                device_map=handle.device_map,
+                offload=handle.offload,
+                activation_bytes=transformer_activation_bytes(size, width, loaded.precision.dtype.itemsize, machine.fragmentation)
+                + loaded.learned_reserve_bytes,
+                host_bytes=host_bytes,
+                dtype=loaded.precision.dtype,
+                special_dtypes=expert.dtypes,
+                remedies=remedies,
+            )
+        return placements
+
+    try:
+        placements = place(shape)
+    except PlacementError as error:
+        raise PlacementError(f"{error}{length_remedy(shape, lambda size: place(size, remedies=False))}") from None
     placement_notes = placements[HIGH_NOISE].notes
-    return Plan(shape, budgets, placements, loaded.precision, (*machine.warnings, *notes, *budget_notes, *placement_notes))
+    return Plan(shape, budgets, placements, loaded.precision, machine.fragmentation, handle.offload, (*machine.warnings, *notes, *budget_notes, *placement_notes))

@@ -11,10 +11,11 @@ from torch import nn
 
 from ..errors import InvalidRequestError, UnsupportedError
 
-WEIGHT_DTYPES = ("default", "bf16", "fp16", "fp8_e4m3fn", "int8")
+# fp32 is for comparisons; the node does not offer it.
+WEIGHT_DTYPES = ("default", "bf16", "fp16", "fp8_e4m3fn", "int8", "fp32")
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
-_PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
  */
 
 const NAME = "wan_sharded_text";
-const MIN_HEIGHT_PX = 120;
-const STYLE = "width: 100%; min-height: 100px; box-sizing: border-box; font-size: 11px; line-height: 1.4; resize: none;";
+const MARGIN_PX = 20; // what the classic canvas leaves around a DOM widget, above and below together
+const STYLE = "width: 100%; box-sizing: border-box; font-size: 11px; line-height: 1.4; resize: none;";
 
 /** The last text of each node of this browser session, because undo and a change of tab make all nodes anew. */
 const lastTexts = new Map();
@@ -17,18 +17,18 @@ function element(node) {
   return node.widgets?.find((widget) => widget.name === NAME)?.element;
 }
 
-/** Add the text area; `placeholder` is seen until there is something to say. */
-export function addTextArea(node, placeholder) {
+/** Add a text area at least `heightPx` high; `placeholder` is seen until there is something to say. */
+export function addTextArea(node, placeholder, heightPx) {
   const area = document.createElement("textarea");
   area.className = "comfy-multiline-input";
-  area.style.cssText = STYLE;
+  area.style.cssText = `${STYLE} min-height: ${heightPx}px;`;
   area.readOnly = true;
   area.spellcheck = false;
   area.placeholder = placeholder;
   const widget = node.addDOMWidget(NAME, NAME, area, {
     serialize: false, // not in the prompt
     hideOnZoom: false,
-    getMinHeight: () => MIN_HEIGHT_PX,
+    getMinHeight: () => heightPx + MARGIN_PX,
     getValue: () => area.value,
     setValue: (text) => (area.value = text ?? ""),
   });

@@ -1,0 +1,230 @@
+"""ComfyUI's web page with this pack, in a headless browser: two frontends, each with the classic canvas and with Nodes 2.0.
+
+The GPUs are imitated in the page, by editing what the server says about the sliders; everything else is real. Pictures of what
+was seen are in .work/screenshots.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+from comfy_server import TINY_MODEL, ComfyServer
+
+comfy_browser = pytest.importorskip("comfy_browser", reason="playwright is not installed")
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+LOADER, SAMPLER, EXPORT = "WanShardedLoader", "WanShardedI2VSampler", "WanShardedVideoExport"
+GPUS = {0: [], 1: ["RTX 5060 Ti 16 GB"], 2: ["RTX 5060 Ti 16 GB", "RTX 3060 12 GB"], 4: ["H200 141 GB"] * 4}
+# Larger than a local GPU, automatic, left out, and the server's maximum.
+SLIDER_VALUES = [80, 12.5, -1, 256, 0, 7, 3.5, 1]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a user may have on the screen: a frontend, in one of its two ways to draw nodes."""
+
+    frontend: str
+    nodes_2: bool
+
+    def __str__(self) -> str:
+        return f"{self.frontend}-{'nodes2' if self.nodes_2 else 'classic'}"
+
+
+LOOKS = [Look(frontend, nodes_2) for frontend in ("bundled", comfy_browser.NEW_FRONTEND) for nodes_2 in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    try:
+        with comfy_browser.open_browser() as opened:
+            yield opened
+    except comfy_browser.BrowserMissing as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def server_with(comfy_server: ComfyServer, start_comfy_server: Callable[..., ComfyServer]) -> Callable[[str], ComfyServer]:
+    """A server that shows a frontend; one per frontend."""
+
+    @cache
+    def server(frontend: str) -> ComfyServer:
+        if frontend == "bundled":
+            return comfy_server
+        root = comfy_browser.fetch_frontend(frontend)
+        if root is None:
+            pytest.skip(f"frontend {frontend} could not be downloaded")
+        return start_comfy_server(extra_arguments=["--front-end-root", str(root)])
+
+    return server
+
+
+@pytest.fixture(params=LOOKS, ids=str)
+def look(request: pytest.FixtureRequest) -> Look:
+    return request.param
+
+
+@pytest.fixture
+def open_page(look: Look, browser: Any, server_with: Callable[[str], ComfyServer]) -> Iterator[Callable[..., Any]]:
+    """``open_page(gpus=2)``: a new tab, the way this look shows it, of a server that seems to have so many GPUs."""
+    pages = []
+
+    def open_one(gpus: int | None = None) -> Any:
+        names = None if gpus is None else GPUS[gpus]
+        page = comfy_browser.ComfyPage(browser, server_with(look.frontend).url, nodes_2=look.nodes_2, gpu_names=names)
+        pages.append(page)
+        return page
+
+    yield open_one
+    errors = [error for page in pages for error in page.errors]
+    for page in pages:
+        page.close()
+    assert [error for error in errors if "wan_sharded" in error] == []
+
+
+def shown_sliders(page: Any) -> list[str]:
+    return page.on_node(LOADER, "node.widgets.filter((w) => /^gpu/.test(w.name) && !w.hidden).map((w) => w.label)")
+
+
+def check_sliders(page: Any, gpus: int) -> None:
+    """One slider per GPU, with its name, ending at its size; the node is high enough for all of them."""
+    assert shown_sliders(page) == [f"GPU {index} · {name}" for index, name in enumerate(GPUS[gpus])]
+    ends = page.on_node(LOADER, "node.widgets.filter((w) => /^gpu/.test(w.name) && !w.hidden).map((w) => w.options.max)")
+    assert ends == [float(name.split()[-2]) for name in GPUS[gpus]]
+    needed, given = page.on_node(LOADER, "[node.computeSize()[1], node.size[1]]")
+    assert given >= needed
+
+
+def loader_of(workflow: dict[str, Any]) -> dict[str, Any]:
+    (node,) = [node for node in workflow["nodes"] if node["type"] == LOADER]
+    return node
+
+
+def make_small(page: Any, seed: int) -> None:
+    """The tiny checkpoint, and numbers small enough for a CPU. A seed of its own keeps ComfyUI's cache out of it."""
+    page.set_values(LOADER, model=TINY_MODEL)
+    page.set_values(SAMPLER, width=128, height=96, length=17, steps=4, seed=seed)
+
+
+def watch_progress(page: Any) -> None:
+    page.page.evaluate(
+        """() => {
+            window.seen = { progress: 0, preview: 0, status: [] };
+            app.api.addEventListener("progress", () => window.seen.progress++);
+            app.api.addEventListener("b_preview", () => window.seen.preview++);
+            app.api.addEventListener("wan_sharded.status", ({ detail }) => window.seen.status.push(detail.text));
+            for (const end of ["execution_success", "execution_error"]) app.api.addEventListener(end, ({ detail }) => (window.seen.end = [end, detail]));
+        }"""
+    )
+
+
+def test_example_runs_and_shows_everything(look: Look, open_page: Callable[..., Any]):
+    page = open_page(gpus=2)
+    page.open_template("wan_i2v")
+    assert shown_sliders(page) == ["GPU 0 · RTX 5060 Ti 16 GB", "GPU 1 · RTX 3060 12 GB"]
+    if look.nodes_2:
+        text = page.page.locator("[data-node-id='1']").inner_text()
+        assert "GPU 1 · RTX 3060 12 GB" in text
+        assert "GPU 2" not in text
+    page.screenshot(f"{look}-1-opened")
+
+    make_small(page, seed=1 + LOOKS.index(look))
+    watch_progress(page)
+    page.page.get_by_role("button", name="Run", exact=True).click()
+    page.page.wait_for_function("() => window.seen.preview > 0 || window.seen.end", timeout=120_000)
+    page.screenshot(f"{look}-2-running")
+    page.page.wait_for_function("() => window.seen.end", timeout=120_000)
+    seen = page.page.evaluate("() => window.seen")
+    assert seen["end"][0] == "execution_success", seen["end"][1]
+    assert seen["progress"] >= 4
+    assert seen["preview"] >= 1
+    assert any("Step" in text for text in seen["status"])
+
+    page.page.wait_for_function("() => [...document.querySelectorAll('video')].some((video) => video.readyState >= 2)", timeout=30_000)
+    video = page.page.evaluate("() => { const v = document.querySelector('video'); return [v.videoWidth, v.videoHeight]; }")
+    page.screenshot(f"{look}-3-done")
+    assert video == [128, 96]
+    assert "CPU" in page.text(LOADER)
+    assert page.text(SAMPLER).strip() and "..." not in page.text(SAMPLER)
+
+
+def test_a_file_survives_machines_with_other_gpus(look: Look, open_page: Callable[..., Any]):
+    page = open_page(gpus=4)
+    page.open_template("wan_first_last_frame")
+    page.screenshot(f"{look}-gpus-4")
+    check_sliders(page, 4)
+    page.set_values(LOADER, **{f"gpu{index}_gb": value for index, value in enumerate(SLIDER_VALUES)})
+    workflow, api = page.save()
+    original = loader_of(workflow)["widgets_values"]
+    assert original[-8:] == SLIDER_VALUES
+    for gpus in (1, 0, 2):
+        page = open_page(gpus=gpus)
+        page.open()
+        page.load(workflow)
+        page.screenshot(f"{look}-gpus-{gpus}")
+        check_sliders(page, gpus)
+        workflow, visited = page.save()
+        assert loader_of(workflow)["widgets_values"] == original
+        assert visited["1"]["inputs"] == api["1"]["inputs"]
+
+
+@pytest.fixture(scope="module")
+def example_of(browser: Any, server_with: Callable[[str], ComfyServer]) -> Iterator[Callable[[Look], tuple[Any, dict[str, Any]]]]:
+    """One tab per look that stays open, and the example workflow as that frontend saves it."""
+
+    @cache
+    def example(look: Look) -> tuple[Any, dict[str, Any]]:
+        page = comfy_browser.ComfyPage(browser, server_with(look.frontend).url, nodes_2=look.nodes_2, gpu_names=GPUS[1])
+        page.open_template("wan_i2v")
+        return page, page.save()[0]
+
+    yield example
+
+
+@pytest.fixture
+def example(look: Look, example_of: Callable[[Look], tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
+    """A tab that shows the example on a server with one GPU, and what the file holds."""
+    page, workflow = example_of(look)
+    page.load(workflow)
+    return page, copy.deepcopy(workflow)
+
+
+def test_files_without_the_last_sliders(example: tuple[Any, dict[str, Any]]):
+    page, workflow = example
+    loader = loader_of(workflow)
+    loader["widgets_values"] = loader["widgets_values"][:-6]
+    loader.pop("widgets_values_named", None)  # newer frontends write both
+    page.load(workflow)
+    _, api = page.save()
+    assert api["1"]["inputs"]["gpu7_gb"] == 0
+    assert api["1"]["inputs"]["offload"] == "auto"
+
+
+def test_the_text_is_not_saved_and_survives_a_reload_of_the_graph(example: tuple[Any, dict[str, Any]]):
+    page, before = example
+    page.on_node(LOADER, "node.onExecuted({ text: ['first line', 'second line'] })")
+    assert page.text(LOADER) == "first line\nsecond line"
+    after, api = page.save()
+    assert "first line" not in str(after) + str(api)
+    assert loader_of(after)["widgets_values"] == loader_of(before)["widgets_values"]
+    page.load(after)  # what undo does
+    assert page.text(LOADER) == "first line\nsecond line"
+    assert page.on_node(LOADER, "node.widgets.find((w) => w.name === 'wan_sharded_text').element.readOnly")
+
+
+def test_status_events_find_their_node_also_in_a_subgraph(look: Look, example: tuple[Any, dict[str, Any]]):
+    page, _ = example
+    send = "([node, text]) => app.api.dispatchCustomEvent('wan_sharded.status', { node, text })"
+    page.page.evaluate(send, ["3", "on the canvas"])
+    assert page.text(SAMPLER) == "on the canvas"
+    for unknown in ("99", "1:2:3", "3.0.1", "", None):
+        page.page.evaluate(send, [unknown, "for nobody"])
+
+    outer = page.page.evaluate("() => app.graph.convertToSubgraph(new Set([app.graph.getNodeById(1)])).node.id")
+    inner = page.on_node(LOADER, "node.id")
+    page.page.evaluate(send, [f"{outer}:{inner}", "inside a subgraph"])
+    assert page.text(LOADER) == "inside a subgraph"
+    page.screenshot(f"{look}-subgraph")
+    assert page.text(SAMPLER) == "on the canvas"
