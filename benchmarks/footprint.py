@@ -1,6 +1,6 @@
 """Measures the constants of engine/planning/footprint.py on one GPU: what a block and the VAE take besides weights.
 
-    python benchmarks/footprint.py
+python benchmarks/footprint.py
 """
 
 import sys
@@ -17,6 +17,7 @@ sys.modules["wan_sharded"] = pack
 
 from wan_sharded.engine.planning import footprint  # noqa: E402
 from wan_sharded.engine.planning.footprint import VideoShape  # noqa: E402
+from wan_sharded.engine.transformer.lean_block import use_lean_blocks  # noqa: E402
 from wan_sharded.engine.weights.precision import quantizable_weights, quantize  # noqa: E402
 
 GIB = 1024**3
@@ -39,8 +40,8 @@ def transformer_line(model, shape: VideoShape, word: str) -> str:
     text = torch.randn(1, 512, 4096, device=DEVICE, dtype=torch.bfloat16)
     step = torch.tensor([500], device=DEVICE)
     peak = peak_over(lambda: model(hidden_states=latents, timestep=step, encoder_hidden_states=text, return_dict=False))
-    tensors = (peak - footprint.RUN_OVERHEAD_BYTES) / (shape.tokens * 5120 * 2)
-    return f"{shape} {word}: peak {peak / GIB:.2f} GiB, {tensors:.2f} tensors (planned {footprint.BLOCK_PEAK_TENSORS})"
+    planned = footprint.transformer_activation_bytes(shape, 5120, 2, fragmentation=1.0)
+    return f"{shape} {word}: {peak / GIB:.2f} GiB, {peak / (shape.tokens * 5120 * 2):.2f} tensors; lean blocks planned {planned / GIB:.2f}"
 
 
 def vae_lines(vae, shape: VideoShape, word: str, tiled: bool):
@@ -48,7 +49,10 @@ def vae_lines(vae, shape: VideoShape, word: str, tiled: bool):
     latents = torch.randn(1, 16, shape.latent_frames, shape.height // 8, shape.width // 8, dtype=vae.dtype)
     vae.enable_tiling() if tiled else vae.disable_tiling()
     element = vae.dtype.itemsize
-    actions = {False: lambda: vae.encode(video.to(DEVICE)).latent_dist.mode(), True: lambda: vae.decode(latents.to(DEVICE), return_dict=False)}
+    actions = {
+        False: lambda: vae.encode(video.to(DEVICE)).latent_dist.mode(),
+        True: lambda: vae.decode(latents.to(DEVICE), return_dict=False),
+    }
     weights = sum(p.nbytes for p in vae.parameters())
     for decode, action in actions.items():
         peak = peak_over(action) + weights
@@ -58,12 +62,15 @@ def vae_lines(vae, shape: VideoShape, word: str, tiled: bool):
 
 def main() -> None:
     model = WanTransformer3DModel(in_channels=36, out_channels=16, text_dim=4096, num_layers=2).to(DEVICE, torch.bfloat16).eval()
-    for shape in SHAPES:
-        print(transformer_line(model, shape, "bf16"), flush=True)
+    for word in ("bf16, diffusers' blocks", "bf16, lean blocks"):
+        for shape in SHAPES:
+            print(transformer_line(model, shape, word), flush=True)
+        use_lean_blocks(model)
     matrices = quantizable_weights(model)
     for storage in (torch.int8, torch.float8_e4m3fn):
         quantized = WanTransformer3DModel(in_channels=36, out_channels=16, text_dim=4096, num_layers=2).to(DEVICE, torch.bfloat16).eval()
         for name in matrices:
+            use_lean_blocks(quantized)
             quantize(quantized.get_submodule(name.rsplit(".", 1)[0]), storage)
         print(transformer_line(quantized, SHAPES[0], str(storage)), flush=True)
         del quantized

@@ -43,7 +43,12 @@ def versions() -> dict[str, str]:
     import accelerate
     import diffusers
 
-    found = {"torch": torch.__version__, "diffusers": diffusers.__version__, "accelerate": accelerate.__version__, "python": platform.python_version()}
+    found = {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+    }
     if torch.cuda.is_available():
         found["cuda"] = torch.version.cuda or ""
     return found
@@ -59,7 +64,12 @@ def device_words() -> str:
 
 def record(name: str, title: str, command: str, rows: list[Row], *, append: bool = True) -> str:
     """Print a table, append it to RESULTS.md, write results/<name>.json; returns the table."""
-    table = [f"## {title}", "", f"`{command}` on {device_words()}, {date.today()}, {', '.join(f'{k} {v}' for k, v in versions().items())}", ""]
+    table = [
+        f"## {title}",
+        "",
+        f"`{command}` on {device_words()}, {date.today()}, {', '.join(f'{k} {v}' for k, v in versions().items())}",
+        "",
+    ]
     table += ["| size | what | GPUs | weights | seconds | peak per GPU, GiB | host, GiB | rel. error | note |", "| --- " * 9 + "|"]
     table += [_line(row) for row in rows]
     text = "\n".join(table)
@@ -70,7 +80,9 @@ def record(name: str, title: str, command: str, rows: list[Row], *, append: bool
         results.write_text(f"{before.rstrip()}\n\n{text}\n")
         out = FOLDER / "results" / f"{name}.json"
         out.parent.mkdir(exist_ok=True)
-        out.write_text(json.dumps({"device": device_words(), "versions": versions(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({"device": device_words(), "versions": versions(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+        )
     return text
 
 
@@ -79,5 +91,15 @@ def _line(row: Row) -> str:
         return "" if value is None else format(value, form)
 
     peaks = " / ".join(f"{value:.1f}" for value in row.peak_gib)
-    cells = [row.case, row.what, str(row.gpus), row.dtype, number(row.seconds, ".2f"), peaks, number(row.host_gib, ".1f"), number(row.rel_err, ".1e"), row.note]
+    cells = [
+        row.case,
+        row.what,
+        str(row.gpus),
+        row.dtype,
+        number(row.seconds, ".2f"),
+        peaks,
+        number(row.host_gib, ".1f"),
+        number(row.rel_err, ".1e"),
+        row.note,
+    ]
     return "| " + " | ".join(cells) + " |"

@@ -3,7 +3,7 @@ loads reach them, and room made by unloading what ComfyUI itself holds.
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 
 import comfy.model_management as management
 import torch
@@ -64,7 +64,7 @@ class _WanSharded(nn.Module):
     device = None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _share(torch_device: str) -> GpuShare:
     return GpuShare(torch.device(torch_device))
 

@@ -73,7 +73,7 @@ def sample_i2v(
     vae = None if core_vae is None else CoreVae(core_vae, handle)
     machine = probe.probe_machine()
     memory.make_room(handle, machine)
-    memory.register(device.torch_device for device in machine.devices if handle.max_memory_gib.get(device.index, 0) != -1)
+    memory.register(device.torch_device for device in machine.devices if handle.max_memory_gib.get(device.index, 0) >= 0)
     progress = RunProgress(node_id, steps)
     result = IMAGE_TO_VIDEO(handle, request, progress.callbacks, vae=vae, reserved_bytes=memory.reserved_bytes())
     show_on_node(handle.node_id, result.placement)

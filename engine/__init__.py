@@ -1,52 +1,60 @@
 """The engine: Wan 2.2 image to video with the experts sharded over all GPUs. Needs torch and diffusers, never ComfyUI.
 
     from wan_sharded.engine import generate, open_model, write_video
+
+Names are looked up when first used: importing diffusers takes seconds, and a server that only lists nodes needs none of it.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from . import environment
 
 environment.prepare()  # before anything here imports torch
 
-from .errors import WanShardedError  # noqa: E402
-from .handle import ModelHandle, open_model  # noqa: E402
-from .pipeline.callbacks import Callbacks, StepReport  # noqa: E402
-from .pipeline.image_to_video import ImageToVideo, VideoResult  # noqa: E402
-from .pipeline.request import ImageToVideoRequest, as_picture, fit_size  # noqa: E402
-from .video.writer import write_video  # noqa: E402
-from .weights.owner import ModelOwner  # noqa: E402
+if TYPE_CHECKING:
+    from .api import IMAGE_TO_VIDEO, OWNER, generate
+    from .errors import WanShardedError
+    from .handle import ModelHandle, open_model
+    from .pipeline.callbacks import Callbacks, StepReport
+    from .pipeline.image_to_video import VideoResult
+    from .pipeline.request import ImageToVideoRequest, as_picture, fit_size
+    from .video.writer import write_video
+
+_HOMES = {
+    "IMAGE_TO_VIDEO": ".api",
+    "OWNER": ".api",
+    "generate": ".api",
+    "WanShardedError": ".errors",
+    "ModelHandle": ".handle",
+    "open_model": ".handle",
+    "Callbacks": ".pipeline.callbacks",
+    "StepReport": ".pipeline.callbacks",
+    "VideoResult": ".pipeline.image_to_video",
+    "ImageToVideoRequest": ".pipeline.request",
+    "as_picture": ".pipeline.request",
+    "fit_size": ".pipeline.request",
+    "write_video": ".video.writer",
+}
 
 __all__ = [
+    "IMAGE_TO_VIDEO",
+    "OWNER",
     "Callbacks",
     "ImageToVideoRequest",
     "ModelHandle",
     "StepReport",
     "VideoResult",
     "WanShardedError",
+    "as_picture",
+    "fit_size",
     "generate",
     "open_model",
     "write_video",
 ]
 
-# The one owner of what is loaded in this process.
-OWNER = ModelOwner()
-IMAGE_TO_VIDEO = ImageToVideo(OWNER)
 
-
-def generate(model: ModelHandle, image: Any, prompt: str, *, callbacks: Callbacks | None = None, last_image: Any = None, **request: Any) -> VideoResult:
-    """Make a video from a picture and a prompt.
-
-    Args:
-        model: from :func:`open_model`.
-        image: PIL image, or array or tensor [H, W, 3] (float 0..1 or uint8).
-        prompt: what should be seen.
-        callbacks: progress and cancel.
-        last_image: the last frame, for first-and-last-frame video.
-        request: any other field of :class:`ImageToVideoRequest` (``num_frames``, ``num_inference_steps``, ``seed``, ...).
-
-    Raises:
-        WanShardedError: bad input, model or memory limits, with the remedy.
-    """
-    pictures = {"image": as_picture(image), "last_image": None if last_image is None else as_picture(last_image, "last_image")}
-    return IMAGE_TO_VIDEO(model, ImageToVideoRequest(prompt=prompt, **pictures, **request), callbacks)
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .checkpoints.diffusers_folder import DiffusersFolder, open_diffusers_folder
-from .checkpoints.hub import OnProgress, download_model
+from .checkpoints.hub import OnProgress, download_model, is_hub_id
 from .errors import InvalidRequestError, UnsupportedError
 from .planning.placement import DEVICE_MAPS, OFFLOADS
 from .weights.precision import WEIGHT_DTYPES
@@ -45,7 +45,9 @@ class ModelHandle:
             if getattr(self, name) not in allowed:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
         if self.execution == "parallel":
-            raise UnsupportedError("execution 'parallel' (all GPUs on every block) is not in this version yet. Choose 'auto' or 'sequential'.")
+            raise UnsupportedError(
+                "execution 'parallel' (all GPUs on every block) is not in this version yet. Choose 'auto' or 'sequential'."
+            )
 
 
 def open_model(
@@ -72,7 +74,5 @@ def open_model(
         InvalidRequestError: an unknown choice.
     """
     path = Path(model)
-    folder = path if path.exists() or "/" not in str(model) else download_model(str(model), on_download)
-    return ModelHandle(
-        open_diffusers_folder(folder), weight_dtype, device_map, execution, offload, dict(max_memory_gib or {}), node_id
-    )
+    folder = path if path.exists() or not is_hub_id(str(model)) else download_model(str(model), on_download)
+    return ModelHandle(open_diffusers_folder(folder), weight_dtype, device_map, execution, offload, dict(max_memory_gib or {}), node_id)

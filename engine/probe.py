@@ -3,7 +3,8 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -103,6 +104,26 @@ def trim(torch_device: str, ceiling_bytes: int) -> None:
     if is_cuda(torch_device) and torch.cuda.memory_reserved(torch_device) > ceiling_bytes:
         torch.cuda.synchronize(torch_device)
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def capped(limits: Mapping[str, int]) -> Generator[None, None, None]:
+    """Hold torch's own allocator to limits: it reuses and gives back before it takes more, and raises rather than go over.
+
+    CUDA's pool (ComfyUI's default) only counts what is allocated against such a limit; :func:`trim` is what holds it.
+
+    Args:
+        limits: torch device -> bytes, the most to be reserved there.
+    """
+    devices = [device for device in limits if is_cuda(device)]
+    try:
+        for device in devices:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limits[device] / total), device)
+        yield
+    finally:
+        for device in devices:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def release_cached(torch_devices: Iterable[str]) -> None:

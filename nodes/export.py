@@ -5,7 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..bridge import exporting
-from ..engine.video.formats import FORMATS, DEFAULT_FORMAT
+from ..engine.video.formats import DEFAULT_FORMAT, FORMATS
 from .schema import CATEGORY, schema
 
 
@@ -23,9 +23,24 @@ class WanShardedVideoExport(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="The frames, from Wan I2V Sampler or any node that gives images."),
                 io.Float.Input("fps", default=16.0, min=0.01, max=1000.0, step=0.01, tooltip="Frames per second. Wan 2.2 14B makes 16."),
-                io.String.Input("filename_prefix", default="video/wan", tooltip="Folder and beginning of the file name inside ComfyUI's output folder. %date:yyyy-MM-dd% and the like work."),
-                io.Combo.Input("format", options=list(FORMATS), default=DEFAULT_FORMAT, tooltip="Container and codec."),
-                io.Int.Input("quality", default=19, min=0, max=51, tooltip="Constant rate factor (CRF): lower is better and larger. 17 to 23 is usual for H.264; 0 is lossless."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="video/wan",
+                    tooltip="Folder and beginning of the file name inside ComfyUI's output folder. %year%, %month%, %day%, %width% and %height% are filled in; %date:yyyy-MM-dd% only by ComfyUI's page, not in prompts sent to the API.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default=DEFAULT_FORMAT,
+                    tooltip="Container and codec. This version writes mp4 (H.264) only.",
+                ),
+                io.Int.Input(
+                    "quality",
+                    default=19,
+                    min=0,
+                    max=51,
+                    tooltip="Constant rate factor (CRF): lower is better and larger. 17 to 23 is usual. 0 makes a special kind of H.264 that many players cannot show; use 1 or more for files to share.",
+                ),
                 io.Audio.Input("audio", optional=True, tooltip="Sound to put under the video, cut to its length."),
             ],
             outputs=[
@@ -37,7 +52,15 @@ class WanShardedVideoExport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images: Any, fps: float = 16.0, filename_prefix: str = "video/wan", format: str = DEFAULT_FORMAT, quality: int = 19, audio: Any = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        images: Any,
+        fps: float = 16.0,
+        filename_prefix: str = "video/wan",
+        format: str = DEFAULT_FORMAT,
+        quality: int = 19,
+        audio: Any = None,
+    ) -> io.NodeOutput:
         video, path, ui = exporting.export(
             images=images,
             fps=fps,

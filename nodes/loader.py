@@ -21,18 +21,68 @@ class WanShardedLoader(io.ComfyNode):
             description="Loads both Wan 2.2 experts sharded over all GPUs, each within its memory slider, with CPU offload for what does not fit.",
             search_aliases=["multi gpu", "device_map", "wan 2.2", "split model", "vram", "distorch"],
             inputs=[
-                io.Combo.Input("model", options=model_files.model_choices(), default=model_files.default_model_choice(), tooltip="The Wan 2.2 I2V model: the Hugging Face Hub id (downloaded on first use, 126 GB), a folder in diffusers format inside ComfyUI's diffusers or diffusion_models folder, or 'single files'."),
-                io.Combo.Input("high_noise_model", options=model_files.single_file_choices("diffusion_models", "none"), default="none", tooltip="With 'single files': the high noise expert's file. 'none' otherwise."),
-                io.Combo.Input("low_noise_model", options=model_files.single_file_choices("diffusion_models", "none"), default="none", tooltip="With 'single files': the low noise expert's file. 'none' otherwise."),
-                io.Combo.Input("text_encoder", options=model_files.single_file_choices("text_encoders", "from model"), default="from model", tooltip="Where the UMT5 text encoder comes from: the model's own folder, or a file."),
-                io.Combo.Input("vae", options=model_files.single_file_choices("vae", "from model"), default="from model", tooltip="Where the video VAE comes from: the model's own folder, or a file."),
-                io.Combo.Input("weight_dtype", options=["default", "bf16", "fp16", "fp8_e4m3fn", "int8"], default="default", tooltip="Precision in which the experts' weights are kept. default: as stored (float32 checkpoints become bf16 on GPUs). fp8_e4m3fn and int8 halve the memory of bf16; computing stays in bf16."),
-                io.Combo.Input("device_map", options=["auto", "balanced"], default="balanced", tooltip="How blocks are shared out (as in accelerate). balanced: evenly over the GPUs. auto: fill GPU 0 first, then GPU 1, and so on."),
-                io.Combo.Input("execution", options=["auto", "parallel", "sequential"], default="auto", tooltip="sequential: one GPU computes at a time, layer after layer. parallel: all GPUs compute every block. auto: the best this version can do, with the reason in the log."),
-                io.Combo.Input("offload", options=["auto", "cpu", "none"], default="auto", tooltip="What happens to blocks that do not fit on the GPUs. auto: they wait in system memory and are fetched when needed. cpu: all blocks wait in system memory. none: an error instead."),
+                io.Combo.Input(
+                    "model",
+                    options=model_files.model_choices(),
+                    default=model_files.default_model_choice(),
+                    tooltip="The Wan 2.2 I2V model: the Hugging Face Hub id (downloaded on first use, 126 GB), or a folder in diffusers format inside ComfyUI's diffusers or diffusion_models folder. 'single files' is not in this version yet and stops with an error.",
+                ),
+                io.Combo.Input(
+                    "high_noise_model",
+                    options=model_files.single_file_choices("diffusion_models", "none"),
+                    default="none",
+                    tooltip="The high noise expert's file, for 'single files'. Not in this version yet: leave it at 'none'.",
+                ),
+                io.Combo.Input(
+                    "low_noise_model",
+                    options=model_files.single_file_choices("diffusion_models", "none"),
+                    default="none",
+                    tooltip="The low noise expert's file, for 'single files'. Not in this version yet: leave it at 'none'.",
+                ),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=model_files.single_file_choices("text_encoders", "from model"),
+                    default="from model",
+                    tooltip="Where the UMT5 text encoder comes from. A file of its own is not in this version yet: leave it at 'from model'.",
+                ),
+                io.Combo.Input(
+                    "vae",
+                    options=model_files.single_file_choices("vae", "from model"),
+                    default="from model",
+                    tooltip="Where the video VAE comes from. A file is not in this version yet: leave it at 'from model'. Wan I2V Sampler takes a VAE from Load VAE.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=["default", "bf16", "fp16", "fp8_e4m3fn", "int8"],
+                    default="default",
+                    tooltip="Precision in which the experts' weights are kept. default: as stored, but float32 checkpoints become bf16 on GPUs. fp8_e4m3fn and int8 take about half the memory of bf16; they are widened to compute.",
+                ),
+                io.Combo.Input(
+                    "device_map",
+                    options=["auto", "balanced"],
+                    default="balanced",
+                    tooltip="How blocks are shared out (as in accelerate). balanced: as evenly over the GPUs as their limits allow. auto: fill GPU 0 first, then GPU 1, and so on.",
+                ),
+                io.Combo.Input(
+                    "execution",
+                    options=["auto", "parallel", "sequential"],
+                    default="auto",
+                    tooltip="sequential: one GPU computes at a time, layer after layer. auto: the same in this version. parallel (all GPUs compute every block) is not in this version yet and stops with an error.",
+                ),
+                io.Combo.Input(
+                    "offload",
+                    options=["auto", "cpu", "none"],
+                    default="auto",
+                    tooltip="What happens to blocks that do not fit on the GPUs. auto: they wait in system memory and are fetched at every step. cpu: all blocks wait in system memory. none: an error instead.",
+                ),
                 *(cls._gpu_slider(index) for index in range(GPU_SLIDERS)),
             ],
-            outputs=[WanShardedModel.Output(display_name="model", tooltip="Connect to Wan I2V Sampler. A description of what to load; the weights themselves are loaded once, by the first sampler that needs them.")],
+            outputs=[
+                WanShardedModel.Output(
+                    display_name="model",
+                    tooltip="Connect to Wan I2V Sampler. A description of what to load; the weights themselves are loaded once, by the first sampler that needs them.",
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -47,7 +97,7 @@ class WanShardedLoader(io.ComfyNode):
             step=0.5,
             display_mode=io.NumberDisplay.slider,
             optional=True,
-            tooltip=f"The most this pack may use on GPU {index}, in GiB, everything included (weights, activations, VAE). 0: automatic, what is free less a margin. -1: leave this GPU out. Out of memory on this GPU? Lower it.",
+            tooltip=f"The most this pack may use on GPU {index}, in GiB, everything included (weights, activations, VAE). 0: automatic, what is free less a margin. Below 0: leave this GPU out. Out of memory on this GPU? Lower it.",
         )
         return slider if gpus.is_present(index) else hidden(slider)
 

@@ -99,6 +99,11 @@ def pip(*arguments: object, quiet: bool = False) -> bool:
     return run(venv_python(), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments, quiet=quiet)
 
 
+def pip_install(*arguments: object, quiet: bool = False) -> bool:
+    """``pip install``. Leaves compiling to each module's first import: most of what gets installed is never imported."""
+    return pip("install", "--no-compile", *arguments, quiet=quiet)
+
+
 def python_works(code: str) -> bool:
     """Whether a line of Python runs without error in the environment."""
     return run(venv_python(), "-c", code, quiet=True)
@@ -144,7 +149,7 @@ def install_torch() -> None:
         sources = [(cpu,), (cpu, "--extra-index-url", TORCH_CPU_INDEX, "--retries", "1", "--timeout", "20"), *sources]
     for source in sources:
         say(f"installing {' '.join(source)}")
-        if pip("install", *source, quiet=source != sources[-1]):
+        if pip_install(*source, quiet=source != sources[-1]):
             return
     raise SetupError(f"torch {TORCH} could not be installed; the output above says why.")
 
@@ -157,7 +162,7 @@ def install_torch_companions() -> None:
     """
     say(f"installing torchvision {TORCHVISION} and torchaudio {TORCHAUDIO}")
     # Without --no-deps, pip may answer with another torch than the one just installed.
-    if not pip("install", "--no-deps", f"torchvision=={TORCHVISION}", f"torchaudio=={TORCHAUDIO}", "numpy", "pillow", "-c", CONSTRAINTS):
+    if not pip_install("--no-deps", f"torchvision=={TORCHVISION}", f"torchaudio=={TORCHAUDIO}", "numpy", "pillow", "-c", CONSTRAINTS):
         raise SetupError("torchvision and torchaudio could not be installed; the output above says why.")
     (packages,) = subprocess.check_output(
         [str(venv_python()), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
@@ -180,7 +185,7 @@ def install_requirements(*files: Path) -> None:
         SetupError: pip failed.
     """
     say("installing " + ", ".join(str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file) for file in files))
-    if not pip("install", "-c", CONSTRAINTS, *(part for file in files for part in ("-r", file))):
+    if not pip_install("-c", CONSTRAINTS, *(part for file in files for part in ("-r", file))):
         raise SetupError("the requirements could not be installed; the output above says why.")
 
 

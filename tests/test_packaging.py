@@ -41,7 +41,7 @@ def test_javascript_is_declared_once() -> None:
 def test_engine_imports_without_comfyui() -> None:
     code = (
         "import sys, types; pack = types.ModuleType('wan_sharded'); pack.__path__ = [sys.argv[1]]; sys.modules['wan_sharded'] = pack;"
-        "import wan_sharded.engine;"
+        "import wan_sharded.engine as engine; [getattr(engine, name) for name in engine.__all__];"
         "sys.exit(any(name.split('.')[0] in ('comfy', 'comfy_api', 'folder_paths') for name in sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=ROOT.parent, capture_output=True, text=True)

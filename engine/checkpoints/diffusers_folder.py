@@ -6,6 +6,7 @@ Checking reads configurations and headers only, so a broken model is named withi
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
 from .safetensors_header import TensorEntry, read_header
@@ -13,6 +14,9 @@ from .safetensors_header import TensorEntry, read_header
 HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"
 EXPERT_WORDS = {HIGH_NOISE: "high noise expert", LOW_NOISE: "low noise expert"}
 SUPPORTED_PIPELINES = ("WanImageToVideoPipeline",)
+LATENT_CHANNELS = 16
+# Noise, the picture's latents, and four channels that say which frames are given.
+INPUT_CHANNELS = 2 * LATENT_CHANNELS + 4
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -67,6 +71,8 @@ def open_diffusers_folder(path: Path) -> DiffusersFolder:
     Raises:
         CheckpointError: it is no Wan 2.2 I2V model in diffusers format, or a part is missing or damaged.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"There is no folder {path}. Check the name, or choose another model.")
     if not (path / "model_index.json").is_file():
         raise CheckpointError(
             f"{path} holds no model in diffusers format (model_index.json is missing). Choose a folder like a download of "
@@ -76,6 +82,11 @@ def open_diffusers_folder(path: Path) -> DiffusersFolder:
     pipeline = index.get("_class_name")
     if pipeline not in SUPPORTED_PIPELINES:
         raise CheckpointError(f"{path.name} is a {pipeline} model, not Wan image-to-video. Choose a {SUPPORTED_PIPELINES[0]} model.")
+    if LOW_NOISE not in index or index[LOW_NOISE] in (None, [None, None]):
+        raise CheckpointError(
+            f"{path.name} has one expert, as Wan 2.1 has. This version makes videos with Wan 2.2 I2V A14B, which has a high noise and a low "
+            "noise expert. Choose Wan-AI/Wan2.2-I2V-A14B-Diffusers or a model made from it."
+        )
     for part in (HIGH_NOISE, LOW_NOISE, "vae", "text_encoder"):
         if not (path / part / "config.json").is_file():
             word = EXPERT_WORDS.get(part, part.replace("_", " "))
@@ -84,12 +95,19 @@ def open_diffusers_folder(path: Path) -> DiffusersFolder:
         raise CheckpointError(f"{path.name} lacks its tokenizer folder. Complete the download.")
     experts = {part: _expert_files(path / part) for part in (HIGH_NOISE, LOW_NOISE)}
     for part in ("vae", "text_encoder"):
-        weight_files(path / part)
+        for file in weight_files(path / part):
+            read_header(file)
+    latent_channels = component_config(path / "vae").get("z_dim", LATENT_CHANNELS)
+    if latent_channels != LATENT_CHANNELS:
+        raise CheckpointError(
+            f"The VAE of {path.name} makes {latent_channels}-channel latents; Wan 2.2 I2V A14B needs Wan 2.1's VAE ({LATENT_CHANNELS} channels)."
+            " Download the model again."
+        )
     boundary = index.get("boundary_ratio")
-    return DiffusersFolder(path, None if boundary is None else float(boundary), experts, _fingerprint(path))
+    return DiffusersFolder(path, boundary if isinstance(boundary, float) else None, experts, _fingerprint(path))
 
 
-def component_config(folder: Path) -> dict:
+def component_config(folder: Path) -> dict[str, Any]:
     """A component's config.json.
 
     Raises:
@@ -108,7 +126,27 @@ def _expert_files(folder: Path) -> ComponentFiles:
     tensors: dict[str, tuple[Path, TensorEntry]] = {}
     for file in files:
         tensors.update({name: (file, entry) for name, entry in read_header(file).items()})
+    if not tensors:
+        raise CheckpointError(f"{folder.parent.name}/{folder.name} holds no tensors. Download it again.")
+    # Before a model of that many blocks is built.
+    blocks = 1 + max((int(number) for number in map(_block_number, tensors) if number), default=-1)
+    if config.get("num_layers", 40) != blocks:
+        raise CheckpointError(
+            f"{folder.parent.name}/{folder.name} has the weights of {blocks} blocks, but its config.json says num_layers "
+            f"{config.get('num_layers')}. Download it again."
+        )
+    if config.get("in_channels", LATENT_CHANNELS) != INPUT_CHANNELS:
+        raise CheckpointError(
+            f"{folder.parent.name}/{folder.name} takes {config.get('in_channels')} channels, a Wan 2.2 image-to-video expert takes "
+            f"{INPUT_CHANNELS}. Choose an I2V model."
+        )
     return ComponentFiles(folder, tensors)
+
+
+def _block_number(tensor: str) -> str:
+    head, _, rest = tensor.partition("blocks.")
+    number = rest.partition(".")[0]
+    return number if not head and number.isascii() and number.isdigit() else ""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -121,7 +159,8 @@ def weight_files(folder: Path) -> list[Path]:
         index = folder / f"{stem}.safetensors.index.json"
         single = folder / f"{stem}.safetensors"
         if index.is_file():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            weight_map = _read_json(index).get("weight_map")
+            names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
             if not names:
                 raise CheckpointError(f"{folder.name}/{index.name} names no weight files. Download it again.")
             missing = [name for name in names if not (folder / name).is_file()]
@@ -135,7 +174,7 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder.parent.name}/{folder.name} holds no safetensors weights. Complete the download.")
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from ..errors import InvalidRequestError
 from ..handle import ModelHandle
 from ..planning.devices import Machine
 from ..planning.report import placement_report
-from ..weights.owner import LoadedModel, ModelOwner
+from ..weights.owner import LoadedModel, ModelOwner, Plan
 from .callbacks import Callbacks, StepReport
 from .request import ImageToVideoRequest, fill_frame
 from .schedulers import boundary_after, make_scheduler
@@ -81,11 +82,23 @@ class ImageToVideo:
         with self.owner.lock, torch.inference_mode():
             try:
                 loaded = self.owner.obtain(handle, self._probe_machine(), request.shape, reserved_bytes=reserved_bytes)
-                return _Run(loaded, handle, request, callbacks, self._embeddings).make(vae)
+                with probe.capped(self._limits(loaded)):
+                    return _Run(loaded, handle, request, callbacks, self._embeddings).make(vae)
             except torch.OutOfMemoryError:
                 # The application may free memory and try again; what we hold must not be in its way.
                 self.owner.release()
                 raise
+
+    @staticmethod
+    def _limits(loaded: LoadedModel) -> dict[str, int]:
+        """What may be allocated on each device: what the plan may use, and what others here have already."""
+        assert loaded.plan is not None
+        limits = {}
+        for budget in loaded.plan.budgets:
+            device = budget.device.torch_device
+            others = probe.allocated_bytes(device) - loaded.resident_bytes(torch.device(device))
+            limits[device] = budget.usable_bytes + max(0, others)
+        return limits
 
 
 class _Run:
@@ -124,7 +137,8 @@ class _Run:
         encoded = self.embeddings.encode(folder.path, folder.fingerprint, wanted, self.loaded, self.callbacks) if wanted else []
         found = iter(encoded)
         embeds = [next(found) if text is not None else embed for text, embed in zip(texts, given, strict=True)]
-        width = self.loaded.experts[HIGH_NOISE].model.config.text_dim
+        config: Any = self.loaded.experts[HIGH_NOISE].model.config
+        width: int = config.text_dim
         prompt, negative = (None if e is None else self._fit_embeds(e, width) for e in embeds)
         assert prompt is not None
         return prompt, negative
@@ -142,7 +156,7 @@ class _Run:
 
     def _denoise(self, vae: VideoVae, prompt: torch.Tensor, negative: torch.Tensor | None) -> torch.Tensor:
         request = self.request
-        scheduler = make_scheduler(request.sampler_name, request.flow_shift)
+        scheduler: Any = make_scheduler(request.sampler_name, request.flow_shift)
         boundary = request.boundary_ratio
         if request.switch_step:
             boundary = boundary_after(scheduler, request.num_inference_steps, request.switch_step)
@@ -188,10 +202,12 @@ class _Run:
             self.notes.append(f"{name} is {w}x{h}; its edges were cut to the shape of {request.width}x{request.height}.")
         return frame
 
-    def _step_callback(self):
+    def _step_callback(self) -> Any:
         began = time.perf_counter()
 
-        def on_step_end(pipeline: ShardedWanPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        def on_step_end(
+            pipeline: ShardedWanPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+        ) -> dict[str, Any]:
             nonlocal began
             sigma = float(pipeline.scheduler.sigmas[step + 1])
             denoised = tensors["latents"].float() - sigma * tensors["noise_pred"].float()
@@ -213,7 +229,7 @@ class _Run:
         return [f"{len(seconds)} steps in {sum(seconds):.1f} s, the median step {seconds[len(seconds) // 2]:.2f} s."]
 
 
-def plan_report(plan, measured: dict[int, int] | None = None) -> str:
+def plan_report(plan: Plan, measured: dict[int, int] | None = None) -> str:
     """A plan in words."""
     placements = {part: (EXPERT_WORDS[part], placement) for part, placement in plan.placements.items()}
     return placement_report(placements, precision=str(plan.precision), size=str(plan.shape), notes=plan.notes, measured=measured)

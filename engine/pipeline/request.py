@@ -168,6 +168,3 @@ class ImageToVideoRequest:
     @property
     def shape(self) -> VideoShape:
         return VideoShape(self.width, self.height, self.num_frames, self.batch_size)
-
-
-

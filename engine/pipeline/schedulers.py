@@ -1,6 +1,7 @@
 """The solvers by the names on the node, and where the high noise expert hands over."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ class WanEulerScheduler(FlowMatchEulerDiscreteScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None, **kwargs) -> None:  # type: ignore[override]
         sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
-        super().set_timesteps(sigmas=sigmas.tolist(), device=device, **kwargs)
+        super().set_timesteps(sigmas=sigmas.tolist(), device=device, **kwargs)  # type: ignore[arg-type]
 
 
 def _unipc(shift: float):
@@ -63,7 +64,7 @@ def make_scheduler(sampler_name: str, shift: float):
     return _MAKERS[sampler_name](shift)
 
 
-def boundary_after(scheduler, steps: int, switch_step: int) -> float:
+def boundary_after(scheduler: Any, steps: int, switch_step: int) -> float:
     """The boundary ratio at which exactly the first ``switch_step`` of ``steps`` steps go to the high noise expert."""
     scheduler.set_timesteps(steps)
     timesteps = [float(t) for t in scheduler.timesteps]

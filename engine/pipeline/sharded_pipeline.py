@@ -1,6 +1,6 @@
 """diffusers' own Wan pipeline, told where its parts are. The denoising loop is diffusers', line for line."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,16 +19,14 @@ class ShardedTransformer:
     happens inside diffusers' loop.
     """
 
-    def __init__(
-        self, loaded: LoadedModel, part: str, check_cancelled: Callable[[], None], on_load: OnLoad, note: Callable[[str], None]
-    ):
+    def __init__(self, loaded: LoadedModel, part: str, check_cancelled: Callable[[], None], on_load: OnLoad, note: Callable[[str], None]):
         self._loaded, self._part = loaded, part
         self._check_cancelled, self._on_load, self._note = check_cancelled, on_load, note
         self.config = loaded.experts[part].model.config
         self.dtype = loaded.precision.dtype
 
     @contextmanager
-    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+    def cache_context(self, name: str, **where: Any) -> Generator[None, None, None]:
         """As diffusers' ``CacheMixin.cache_context``."""
         with self._loaded.experts[self._part].model.cache_context(name, **where):
             yield
@@ -76,9 +74,10 @@ class ShardedWanPipeline(WanImageToVideoPipeline):
 
     def is_high_noise(self, timestep: torch.Tensor) -> bool:
         """Whether the high noise expert works at a timestep."""
-        return bool(timestep >= self.config.boundary_ratio * self.scheduler.config.num_train_timesteps)
+        config: Any = self.config
+        return bool(timestep >= config.boundary_ratio * self.scheduler.config.num_train_timesteps)
 
-    def prepare_latents(
+    def prepare_latents(  # type: ignore[override]
         self,
         image: torch.Tensor,
         batch_size: int,

@@ -7,6 +7,7 @@ a prompt is encoded once. Nothing here knows the transformers.
 import gc
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanImageToVideoPipeline
@@ -30,7 +31,7 @@ class PromptEmbeddings:
 
     def __init__(self, capacity: int = 16):
         self._capacity = capacity
-        self._known: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
 
     def encode(self, folder: Path, identity: str, prompts: list[str], loaded: LoadedModel, callbacks: Callbacks) -> list[torch.Tensor]:
         """Embeddings [1, 512, text width] on the CPU, one per prompt, padded with zeros as Wan expects.
@@ -71,15 +72,18 @@ def _encode(folder: Path, prompts: list[str], loaded: LoadedModel, callbacks: Ca
         callbacks.check_cancelled()
         max_memory = _make_room(loaded, needed) if on_gpu else None
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        spread: Any = {"device_map": "sequential", "max_memory": max_memory} if max_memory else {}
         encoder = UMT5EncoderModel.from_pretrained(
             folder / "text_encoder",
             dtype=dtype or "auto",
             local_files_only=True,
-            **({"device_map": "sequential", "max_memory": max_memory} if max_memory else {}),
+            **spread,
         ).eval()
         callbacks.check_cancelled()
         pipeline = WanImageToVideoPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=None, scheduler=None)  # type: ignore[arg-type]
-        embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS, device=torch.device("cpu"))
+        embeds, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS, device=torch.device("cpu")
+        )
         return list(embeds.split(1))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"The text encoder of {folder.name} could not be loaded: {error}. Download it again.") from error
@@ -98,9 +102,7 @@ def _make_room(loaded: LoadedModel, needed: int) -> dict[int | str, int]:
     for budget in chosen:
         loaded.make_room(budget.device.index, min(needed, budget.usable_bytes), budget.usable_bytes)
     probe.release_cached([b.device.torch_device for b in chosen])
-    room: dict[int | str, int] = {
-        torch.device(b.device.torch_device).index: max(0, b.usable_bytes - ACTIVATION_BYTES) for b in chosen
-    }
+    room: dict[int | str, int] = {torch.device(b.device.torch_device).index: max(0, b.usable_bytes - ACTIVATION_BYTES) for b in chosen}
     return {**room, "cpu": needed}
 
 

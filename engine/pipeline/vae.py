@@ -3,7 +3,7 @@
 Shapes: B batch, C channels, T frames, F latent frames, H/W pixels, h/w latents (H/8).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from torch import nn
 from .. import probe
 from ..errors import CheckpointError
 from ..planning.footprint import VideoShape
-from ..planning.vae_stage import VaeStage, choose_vae_stage
+from ..planning.vae_stage import VaeStage, vae_stages
 from ..weights.owner import LoadedModel
 
 CheckCancelled = Callable[[], None]
@@ -53,29 +53,44 @@ class ModelVae:
     def __init__(self, folder: Path, loaded: LoadedModel, shape: VideoShape, check_cancelled: CheckCancelled, note: Callable[[str], None]):
         self._loaded, self._shape, self._check_cancelled, self._note = loaded, shape, check_cancelled, note
         try:
-            self._vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+            self._vae: Any = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
         except Exception as error:  # diffusers raises many kinds; the cause is kept
             raise CheckpointError(f"The VAE in {folder.parent.name} could not be loaded: {error}. Download it again.") from error
         self.config = self._vae.config
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
-        with self._stage(decode=False) as (stage, device):
-            latents = self._vae.encode(video.to(device, stage.dtype)).latent_dist.mode()
-            return latents.float().cpu()
+        def work(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+            return self._vae.encode(video.to(device, dtype)).latent_dist.mode().float().cpu()
+
+        return self._staged(work, decode=False)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        with self._stage(decode=True) as (stage, device):
+        def work(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
             # One video at a time: the peak is planned for one.
-            videos = [self._vae.decode(one.to(device, stage.dtype), return_dict=False)[0].float().cpu() for one in latents.split(1)]
-            return torch.cat(videos)
+            return torch.cat([self._vae.decode(one.to(device, dtype), return_dict=False)[0].float().cpu() for one in latents.split(1)])
 
-    @contextmanager
-    def _stage(self, *, decode: bool) -> Iterator[tuple[VaeStage, torch.device]]:
+        return self._staged(work, decode=True)
+
+    def _staged(self, work: Callable[[torch.device, torch.dtype], torch.Tensor], *, decode: bool) -> torch.Tensor:
+        """Work in the best way that is planned to fit; should it not after all, in the next way down."""
         plan = self._loaded.plan
         assert plan is not None
-        stage = choose_vae_stage(self._shape, plan.budgets, decode=decode, fragmentation=plan.fragmentation)
-        for note in stage.notes:
-            self._note(note)
+        ways = vae_stages(self._shape, plan.budgets, decode=decode, fragmentation=plan.fragmentation)
+        for stage, is_last in zip(ways, [False] * (len(ways) - 1) + [True], strict=True):
+            try:
+                with self._stage(stage, decode=decode) as device:
+                    result = work(device, stage.dtype)
+            except torch.OutOfMemoryError:
+                if is_last:
+                    raise
+                continue
+            for note in stage.notes:
+                self._note(note)
+            return result
+        raise AssertionError("there is always a way")
+
+    @contextmanager
+    def _stage(self, stage: VaeStage, *, decode: bool) -> Generator[torch.device, None, None]:
         device = torch.device(stage.budget.device.torch_device)
         self._loaded.make_room(stage.budget.device.index, stage.bytes_needed, stage.budget.usable_bytes)
         probe.release_cached([stage.budget.device.torch_device])
@@ -85,7 +100,7 @@ class ModelVae:
             if self._vae.dtype != stage.dtype:
                 self._vae.to(stage.dtype)
             self._vae.enable_tiling() if stage.tiled else self._vae.disable_tiling()
-            yield stage, device
+            yield device
         finally:
             hook.remove()
             self._vae.clear_cache()

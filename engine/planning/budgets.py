@@ -74,7 +74,9 @@ def _slider_gib(device: DeviceInfo, sliders_gib: Mapping[int, float]) -> float:
         value = float(given)
     except (TypeError, ValueError):
         value = math.nan
-    if value != -1 and not 0 <= value < math.inf:
+    if -1 <= value < 0:
+        return -1.0  # the node's sliders also stop at -0.5
+    if not 0 <= value < math.inf:
         raise InvalidRequestError(
             f"The memory slider of {device.label} is {given}. Use 0 for automatic, -1 to leave the GPU out, or a limit in GiB."
         )

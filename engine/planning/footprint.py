@@ -7,15 +7,21 @@ from dataclasses import dataclass
 
 from .devices import GIB
 
-# One Wan block at its peak holds about this many tensors of B*L*D elements in the compute dtype (norms, gates and rotary
-# embedding pass through float32; the feed-forward is 2.7 D wide). Measured on an H200: 10.4 at 480x832x81, 10.7 at
-# 720x1280x81 (benchmarks/footprint.py).
-BLOCK_PEAK_TENSORS = 10.8
+# A block works on ranges of tokens (transformer/lean_block.py): large enough to fill a GPU, small enough that what stands
+# beside the whole tensors hardly counts.
+MIN_RANGE_TOKENS = 4096
+MAX_RANGES = 8
+# In tensors of B*L*D elements in the compute dtype, a block holds most either in attention (hidden state, Q, K, V, result), or
+# after it: input, attention's result and output whole, and in the feed-forward so many more of one range (norms and gates
+# pass through float32). Counted by tests/engine/transformer; diffusers' own block holds 10.4 whole ones (benchmarks/footprint.py).
+ATTENTION_TENSORS = 5.7
+WHOLE_TENSORS = 3.2
+RANGE_TENSORS = 10.3
 # What torch's allocator holds at a peak, over what is allocated, because freed memory is in pieces of the wrong size: with
 # segments that grow, with CUDA's own pool (ComfyUI's default), and with torch's default (benchmarks/whole_run.py).
 FRAGMENTATION = 1.1
-FRAGMENTATION_ASYNC = 1.15
-FRAGMENTATION_NATIVE = 1.5
+FRAGMENTATION_ASYNC = 1.4
+FRAGMENTATION_NATIVE = 1.4
 # Latents, conditions, text embeddings, the solver's history and small change.
 RUN_OVERHEAD_BYTES = int(0.25 * GIB)
 
@@ -57,7 +63,14 @@ class VideoShape:
         return f"{self.width}x{self.height}x{self.num_frames}{batch}"
 
 
-def transformer_activation_bytes(shape: VideoShape, width: int, element_bytes: int, fragmentation: float = FRAGMENTATION) -> int:
+def range_tokens(tokens: int) -> int:
+    """How many tokens a block works on at a time."""
+    return min(tokens, max(MIN_RANGE_TOKENS, -(-tokens // MAX_RANGES)))
+
+
+def transformer_activation_bytes(
+    shape: VideoShape, width: int, element_bytes: int, fragmentation: float = FRAGMENTATION, widened_bytes: int = 0
+) -> int:
     """Peak of one forward besides weights, on a device that computes whole blocks.
 
     Args:
@@ -65,8 +78,10 @@ def transformer_activation_bytes(shape: VideoShape, width: int, element_bytes: i
         width: D, the transformer's inner width (5120 for 14B).
         element_bytes: of the compute dtype.
         fragmentation: of the allocator.
+        widened_bytes: what one quantized matrix takes while it is multiplied.
     """
-    block = BLOCK_PEAK_TENSORS * shape.batch_size * shape.tokens * width * element_bytes
+    tokens = max(ATTENTION_TENSORS * shape.tokens, WHOLE_TENSORS * shape.tokens + RANGE_TENSORS * range_tokens(shape.tokens))
+    block = tokens * shape.batch_size * width * element_bytes + widened_bytes
     return int(fragmentation * block) + RUN_OVERHEAD_BYTES
 
 

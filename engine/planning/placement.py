@@ -5,6 +5,7 @@ The model is looked at on the meta device: only names, sizes and dtypes count.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import infer_auto_device_map
@@ -12,10 +13,12 @@ from accelerate.utils import compute_module_sizes, get_balanced_memory
 
 from ..errors import InvalidRequestError, PlacementError
 from .budgets import CONTEXT_BYTES, Budget
-from .devices import gib
+from .devices import GIB, gib
 from .remedies import slider_remedy
 
 HOST = "cpu"
+# Left free on each GPU besides what is planned, where there is room enough.
+SLACK_BYTES = GIB // 2
 DEVICE_MAPS = ("auto", "balanced")
 OFFLOADS = ("auto", "cpu", "none")
 
@@ -87,7 +90,8 @@ def place_expert(
         raise InvalidRequestError(f"device_map is {device_map!r}; choose one of {', '.join(DEVICE_MAPS)}.")
     if offload not in OFFLOADS:
         raise InvalidRequestError(f"offload is {offload!r}; choose one of {', '.join(OFFLOADS)}.")
-    all_sizes = compute_module_sizes(model, dtype=dtype, special_dtypes=dict(special_dtypes))
+    sizing: Any = {"dtype": dtype, "special_dtypes": dict(special_dtypes)}
+    all_sizes = compute_module_sizes(model, **sizing)
     sizes = {part: int(all_sizes[part]) if _has_weights(model, part) else 0 for part in parts_of(model)}
     wish = _Wish(sizes, device_map, offload, activation_bytes, host_bytes)
     if not budgets[0].device.is_gpu:
@@ -151,16 +155,35 @@ def _place(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
 
 
 def _homes(wish: _Wish, room: Mapping[int, int]) -> tuple[dict[str, Home], tuple[str, ...]]:
-    """The asked map, or accelerate's "auto" where "balanced" would leave more on the host than need be."""
+    """The asked map. A GPU filled to the brim is the first to run out of memory, so some room is left where all fits with it."""
     if wish.offload == "cpu":
-        return _map(wish, dict.fromkeys(room, 0), "auto"), ()
-    homes = _map(wish, room, wish.device_map)
-    if wish.device_map == "balanced" and HOST in homes.values():
-        filled = _map(wish, room, "auto")
-        on_host, least = (sum(home == HOST for home in some.values()) for some in (homes, filled))
-        if least < on_host:
-            return filled, (f"An even split would have left {on_host} parts in system memory, so the GPUs are filled one after another.",)
-    return homes, ()
+        return _map(wish, dict.fromkeys(room, 0)), ()
+    share_out = _balanced if wish.device_map == "balanced" else _filled
+    eased = share_out(wish, {index: max(0, size - SLACK_BYTES) for index, size in room.items()})
+    return eased if _on_host(eased[0]) == 0 else share_out(wish, room)
+
+
+def _on_host(homes: Mapping[str, Home]) -> int:
+    return sum(home == HOST for home in homes.values())
+
+
+def _filled(wish: _Wish, room: Mapping[int, int]) -> tuple[dict[str, Home], tuple[str, ...]]:
+    return _map(wish, room), ()
+
+
+def _balanced(wish: _Wish, room: Mapping[int, int]) -> tuple[dict[str, Home], tuple[str, ...]]:
+    """accelerate's even split; where a GPU can't hold its share and parts would be left over, the others take more, block by block."""
+    if sum(size > 0 for size in room.values()) < 2:
+        return _filled(wish, room)
+    limits: Any = get_balanced_memory(_skeleton(wish.sizes), {**room, HOST: wish.host_bytes}, no_split_module_classes=[_Part.__name__])
+    best = _map(wish, {index: limits[index] for index in room})
+    more, notes = 0, ()
+    while _on_host(best) and any(limits[index] + more < size for index, size in room.items()):
+        more += max(1, *wish.sizes.values())
+        homes = _map(wish, {index: min(size, limits[index] + more) for index, size in room.items()})
+        if _on_host(homes) < _on_host(best):
+            best, notes = homes, ("Not every GPU can hold an even share, so the larger ones hold more.",)
+    return best, notes
 
 
 def _main_device(wish: _Wish, homes: Mapping[str, Home], room: Mapping[int, int]) -> int:
@@ -169,13 +192,11 @@ def _main_device(wish: _Wish, homes: Mapping[str, Home], room: Mapping[int, int]
     return max(room, key=lambda index: room[index]) if first is None else first
 
 
-def _map(wish: _Wish, room: Mapping[int, int], device_map: str) -> dict[str, Home]:
+def _map(wish: _Wish, room: Mapping[int, int]) -> dict[str, Home]:
     """accelerate's map of the parts. It sees one parameter per part: its time grows with their square, and it must split none."""
+    max_memory: Any = {**room, HOST: wish.host_bytes}
     skeleton, no_split = _skeleton(wish.sizes), [_Part.__name__]
-    max_memory: dict[int | str, int] = {**room, HOST: wish.host_bytes}
-    if device_map == "balanced" and sum(value > 0 for value in room.values()) > 1:
-        max_memory = get_balanced_memory(skeleton, dict(max_memory), no_split_module_classes=no_split)
-    mapped = infer_auto_device_map(skeleton, max_memory=max_memory, no_split_module_classes=no_split, clean_result=False)
+    mapped: Any = infer_auto_device_map(skeleton, max_memory=max_memory, no_split_module_classes=no_split, clean_result=False)
     # accelerate may name the list of blocks as a whole.
     return {part: mapped[part] if part in mapped else mapped["blocks"] for part in wish.sizes}
 
@@ -190,7 +211,7 @@ class _Part(torch.nn.Module):
 
 
 def _skeleton(sizes: Mapping[str, int]) -> torch.nn.Module:
-    root = torch.nn.Module()
+    root: Any = torch.nn.Module()
     for part, size in sizes.items():
         if part.startswith("blocks."):
             if not hasattr(root, "blocks"):
@@ -204,7 +225,8 @@ def _skeleton(sizes: Mapping[str, int]) -> torch.nn.Module:
 def parts_of(model: torch.nn.Module) -> list[str]:
     """The units that have a home: top-level parameters and modules, and each block, in the order they compute."""
     names = [name for name, _ in model.named_parameters(recurse=False)]
-    for child, module in model.named_children():
+    children: Any = model.named_children()
+    for child, module in children:
         names += [f"blocks.{i}" for i in range(len(module))] if child == "blocks" else [child]
     return names
 

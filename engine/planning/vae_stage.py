@@ -28,26 +28,30 @@ class VaeStage:
     notes: tuple[str, ...] = ()
 
 
-def choose_vae_stage(shape: VideoShape, budgets: tuple[Budget, ...], *, decode: bool, fragmentation: float) -> VaeStage:
-    """The best way that fits: float32 whole, then bf16 whole, then bf16 in tiles, on the roomiest device.
+def vae_stages(shape: VideoShape, budgets: tuple[Budget, ...], *, decode: bool, fragmentation: float) -> tuple[VaeStage, ...]:
+    """The ways that fit on the roomiest device, best first: float32 whole, bf16 whole, bf16 in tiles.
 
-    Where even tiles don't fit on a GPU the last way is returned all the same; it is what has the best chance.
+    Where even tiles are not expected to fit on a GPU, they are given all the same; it is what has the best chance.
     """
     roomiest = max(budgets, key=lambda budget: budget.usable_bytes)
-    word = "decodes" if decode else "encodes"
     ways = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
     if not roomiest.device.is_gpu:
         ways = [(torch.float32, False), (torch.float32, True)]
-    needed = 0
+    stages = []
     for dtype, tiled in ways:
         needed = vae_bytes(shape, decode=decode, element_bytes=dtype.itemsize, tiled=tiled, fragmentation=fragmentation)
-        if needed <= roomiest.usable_bytes:
-            break
-    else:
-        dtype, tiled = ways[-1]
-    notes = []
-    if dtype != torch.float32 or tiled:
-        how = " ".join(filter(None, ("in bf16" if dtype != torch.float32 else "", "in tiles" if tiled else "")))
-        whole = vae_bytes(shape, decode=decode, element_bytes=4, tiled=False)
-        notes.append(f"The VAE {word} {how}: in float32 it would take {gib(whole)}, {roomiest.device.label} has {gib(roomiest.usable_bytes)}.")
-    return VaeStage(roomiest, dtype, tiled, needed, tuple(notes))
+        if needed <= roomiest.usable_bytes or (dtype, tiled) == ways[-1]:
+            stages.append(VaeStage(roomiest, dtype, tiled, needed, _notes(shape, roomiest, dtype, tiled, decode, fragmentation)))
+    return tuple(stages)
+
+
+def _notes(shape: VideoShape, budget: Budget, dtype: torch.dtype, tiled: bool, decode: bool, fragmentation: float) -> tuple[str, ...]:
+    if dtype == torch.float32 and not tiled:
+        return ()
+    how = " ".join(filter(None, ("in bf16" if dtype != torch.float32 else "", "in tiles" if tiled else "")))
+    whole = vae_bytes(shape, decode=decode, element_bytes=4, tiled=False, fragmentation=fragmentation)
+    words = (
+        f"The VAE {'decoded' if decode else 'encoded'} {how}: in float32 and whole it would take {gib(whole)}, "
+        f"{budget.device.label} may use {gib(budget.usable_bytes)}."
+    )
+    return (words,)

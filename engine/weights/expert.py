@@ -6,6 +6,7 @@ steps or pipelines; called by the owner of loaded models.
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -18,6 +19,7 @@ from torch import nn
 from ..checkpoints.diffusers_folder import ComponentFiles, component_config
 from ..errors import CheckpointError
 from ..planning.placement import HOST, Placement, parts_of
+from ..transformer.lean_block import use_lean_blocks
 from . import hooks
 from .moving import moved
 from .precision import Precision, parameter_dtypes, quantizable_weights, quantize
@@ -44,12 +46,21 @@ class Expert:
         self.name = name
         self.files = files
         self.precision = precision
-        with init_empty_weights(include_buffers=False):
-            self.model = WanTransformer3DModel.from_config(component_config(files.folder)).eval().requires_grad_(False)
+        config = component_config(files.folder)
+        try:
+            with init_empty_weights(include_buffers=False):
+                model: Any = WanTransformer3DModel.from_config(config)
+                self.model: WanTransformer3DModel = model.eval().requires_grad_(False)
+        except Exception as error:  # whatever a wrong value makes of the arithmetic; the cause is kept
+            raise CheckpointError(
+                f"{files.folder.parent.name}/{files.folder.name} has a config.json that makes no Wan transformer ({error}). Download it again."
+            ) from error
+        use_lean_blocks(self.model)
         self.dtypes = parameter_dtypes(self.model, precision)
         self._quantized = quantizable_weights(self.model) if precision.quantized else frozenset()
         self._locations = dict.fromkeys(parts_of(self.model), NOWHERE)
-        sizes = compute_module_sizes(self.model, dtype=precision.dtype, special_dtypes=self.dtypes)
+        sizing: Any = {"dtype": precision.dtype, "special_dtypes": self.dtypes}
+        sizes = compute_module_sizes(self.model, **sizing)
         self._sizes = {part: sizes.get(part, 0) for part in self._locations}
         self._fetches: list[hooks.FetchHook] = []
         self._check_names()
@@ -72,6 +83,12 @@ class Expert:
                 )
 
     # ---- where parts are
+
+    @property
+    def widened_bytes(self) -> int:
+        """What the largest quantized matrix takes while it is multiplied: once in float32, once in the compute dtype."""
+        elements = max((self.model.get_parameter(name).numel() for name in self._quantized), default=0)
+        return elements * (4 + self.precision.dtype.itemsize)
 
     @property
     def parts(self) -> list[str]:
@@ -201,7 +218,9 @@ class Expert:
         self.undispatch()
         main = devices[placement.main_device]
         execution = {
-            part: main if home == HOST else devices[int(home)] for part, home in placement.homes.items() if part not in self.model._parameters
+            part: main if home == HOST else devices[int(home)]
+            for part, home in placement.homes.items()
+            if part not in self.model._parameters
         }
         offloaded = frozenset(part for part in placement.offloaded if part in execution)
         self._fetches = hooks.attach(self.model, execution, offloaded, main, check_cancelled, ceilings)

@@ -6,6 +6,7 @@ survive, and allocates leaf by leaf; ``FetchHook`` copies a whole block into roo
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -30,7 +31,7 @@ class FetchBuffer:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._room: dict[tuple, nn.Parameter] = {}
+        self._room: dict[tuple[Any, ...], nn.Parameter] = {}
 
     def fill(self, name: str, host: nn.Parameter) -> nn.Parameter:
         """A device copy of a host parameter, in the room that parameters of this name and shape share."""
@@ -62,12 +63,12 @@ class SendHook(ModelHook):
         self._return_to_input = return_to_input
         self._input_device = device
 
-    def pre_forward(self, module: nn.Module, *args, **kwargs):
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._return_to_input:
             self._input_device = find_device([args, kwargs]) or self.device
         return send_to_device(args, self.device), send_to_device(kwargs, self.device)
 
-    def post_forward(self, module: nn.Module, output):
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
         return send_to_device(output, self._input_device) if self._return_to_input else output
 
 
@@ -85,7 +86,7 @@ class FetchHook(ModelHook):
         self._keep_room = keep_room
         self._host: list[tuple[nn.Module, str, nn.Parameter]] = []
 
-    def pre_forward(self, module: nn.Module, *args, **kwargs):
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for prefix, owner in module.named_modules():
             for name, parameter in owner._parameters.items():
                 if parameter is not None:
@@ -93,7 +94,7 @@ class FetchHook(ModelHook):
                     owner._parameters[name] = self._buffer.fill(f"{prefix}.{name}", parameter)
         return args, kwargs
 
-    def post_forward(self, module: nn.Module, output):
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
         self.release()
         return output
 
@@ -116,14 +117,14 @@ class PaceHook(ModelHook):
         self.ceiling_bytes = ceiling_bytes
         self.queued = queued
 
-    def pre_forward(self, module: nn.Module, *args, **kwargs):
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.check_cancelled()
         while len(self.queued) > RUN_AHEAD_BLOCKS:
             self.queued.popleft().synchronize()
         probe.trim(str(self.device), self.ceiling_bytes)
         return args, kwargs
 
-    def post_forward(self, module: nn.Module, output):
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))

@@ -10,12 +10,13 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
 
 from .. import probe
-from ..checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE
+from ..checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE
 from ..errors import PlacementError
 from ..handle import ModelHandle
 from ..planning.budgets import Budget, budgets_for
@@ -113,6 +114,8 @@ class LoadedModel:
                 on_load(done, len(parts), expert.name)
                 self._make_room_for_part(placement, part, name)
                 expert.bring(name, home, stage)
+                for budget in plan.budgets:
+                    probe.trim(budget.device.torch_device, budget.usable_bytes)
         on_load(len(parts), len(parts), expert.name)
         self._synchronize()
         # Leftovers of conversions would stand in the way of activations.
@@ -234,7 +237,7 @@ class ModelOwner:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._key: tuple | None = None
+        self._key: tuple[Any, ...] | None = None
         self._handle: ModelHandle | None = None
         self._loaded: LoadedModel | None = None
 
@@ -271,7 +274,9 @@ class ModelOwner:
         """The plan :meth:`obtain` would make; loads and changes nothing. Arguments and errors as there."""
         return self._prepare(handle, machine, shape, reserved_bytes)[2]
 
-    def _prepare(self, handle: ModelHandle, machine: Machine, shape: VideoShape, reserved_bytes: int) -> tuple[tuple, LoadedModel, Plan]:
+    def _prepare(
+        self, handle: ModelHandle, machine: Machine, shape: VideoShape, reserved_bytes: int
+    ) -> tuple[tuple[Any, ...], LoadedModel, Plan]:
         """The identity of what a handle needs loaded, that model (ours if it is the same, else one without weights), a plan."""
         on_gpu = machine.devices[0].is_gpu
         precision, notes = resolve_precision(handle.weight_dtype, handle.folder.experts[HIGH_NOISE].stored_dtype, on_gpu=on_gpu)
@@ -348,14 +353,16 @@ def make_plan(
         check_host_memory(size, machine.host_available_bytes, vae_on_host=not budgets[0].device.is_gpu)
         placements = {}
         for part, expert in loaded.experts.items():
-            config = expert.model.config
+            config: Any = expert.model.config
             width = config.num_attention_heads * config.attention_head_dim
             placements[part] = place_expert(
                 expert.model,
                 budgets,
                 device_map=handle.device_map,
                 offload=handle.offload,
-                activation_bytes=transformer_activation_bytes(size, width, loaded.precision.dtype.itemsize, machine.fragmentation)
+                activation_bytes=transformer_activation_bytes(
+                    size, width, loaded.precision.dtype.itemsize, machine.fragmentation, expert.widened_bytes
+                )
                 + loaded.learned_reserve_bytes,
                 host_bytes=host_bytes,
                 dtype=loaded.precision.dtype,
@@ -369,4 +376,12 @@ def make_plan(
     except PlacementError as error:
         raise PlacementError(f"{error}{length_remedy(shape, lambda size: place(size, remedies=False))}") from None
     placement_notes = placements[HIGH_NOISE].notes
-    return Plan(shape, budgets, placements, loaded.precision, machine.fragmentation, handle.offload, (*machine.warnings, *notes, *budget_notes, *placement_notes))
+    return Plan(
+        shape,
+        budgets,
+        placements,
+        loaded.precision,
+        machine.fragmentation,
+        handle.offload,
+        (*machine.warnings, *notes, *budget_notes, *placement_notes),
+    )

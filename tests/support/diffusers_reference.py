@@ -9,7 +9,9 @@ from diffusers import AutoencoderKLWan, DPMSolverMultistepScheduler, UniPCMultis
 SOLVERS = {"unipc": UniPCMultistepScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 
-def load_pipeline(checkpoint: Path, *, dtype: torch.dtype = torch.float32, solver: str = "unipc", shift: float = 5.0) -> WanImageToVideoPipeline:
+def load_pipeline(
+    checkpoint: Path, *, dtype: torch.dtype = torch.float32, solver: str = "unipc", shift: float = 5.0
+) -> WanImageToVideoPipeline:
     """The checkpoint as diffusers loads it; transformers and text encoder in ``dtype``, the VAE in float32 as published."""
     vae = AutoencoderKLWan.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32)
     pipeline = WanImageToVideoPipeline.from_pretrained(checkpoint, vae=vae, torch_dtype=dtype)
@@ -20,7 +22,9 @@ def load_pipeline(checkpoint: Path, *, dtype: torch.dtype = torch.float32, solve
     return pipeline
 
 
-def reference_frames(pipeline: WanImageToVideoPipeline, *, seed: int, image: torch.Tensor, last_image: torch.Tensor | None = None, **call: Any) -> torch.Tensor:
+def reference_frames(
+    pipeline: WanImageToVideoPipeline, *, seed: int, image: torch.Tensor, last_image: torch.Tensor | None = None, **call: Any
+) -> torch.Tensor:
     """Frames [batch * T, H, W, 3] in 0..1, float32, before any rounding to 8 bits.
 
     Args:
@@ -61,7 +65,9 @@ def hand_written_frames(
         high_noise_steps: how many steps the high noise expert makes.
     """
     with torch.inference_mode():
-        positive, negative = pipeline.encode_prompt(prompt, negative_prompt, do_classifier_free_guidance=True, max_sequence_length=512, device="cpu")
+        positive, negative = pipeline.encode_prompt(
+            prompt, negative_prompt, do_classifier_free_guidance=True, max_sequence_length=512, device="cpu"
+        )
         pipeline.scheduler.set_timesteps(num_inference_steps)
         timesteps = pipeline.scheduler.timesteps if sigmas is None else torch.tensor(sigmas) * 1000
         latents, condition = pipeline.prepare_latents(

@@ -8,7 +8,6 @@ with the peak. So the code that moves weights and activations about is tested wi
 """
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,16 +50,17 @@ class ImaginedGpus(TorchDispatchMode):
 
     Attributes:
         peak: device index -> the most bytes that lived there since :meth:`reset_peaks`.
+        capacity: device index -> bytes; more raises ``torch.OutOfMemoryError``. No entry, no limit.
     """
 
     current: "ImaginedGpus | None" = None
 
-    def __init__(self, watch: Callable[[int, int], None] | None = None):
+    def __init__(self, capacity: dict[int, int] | None = None):
         super().__init__()
+        self.capacity = capacity or {}
         self.peak: dict[int, int] = {}
         self._live: dict[int, int] = {}
         self._users: dict[tuple[int, int], int] = {}
-        self._watch = watch
 
     def __enter__(self) -> "ImaginedGpus":
         ImaginedGpus.current = self
@@ -80,6 +80,8 @@ class ImaginedGpus(TorchDispatchMode):
         self.peak = dict(self._live)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind not in (ImaginedTensor, torch.Tensor, torch.nn.Parameter) for kind in types):
+            return NotImplemented  # quantized tensors take themselves apart; what is inside comes here again
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -91,7 +93,9 @@ class ImaginedGpus(TorchDispatchMode):
         asked = next((value for value in flat if isinstance(value, torch.device)), None)
         target = self._target(func, tensors, asked)
         originals = {id(t.inner): t for t in tensors if isinstance(t, ImaginedTensor)}
-        plain = [t.inner if isinstance(t, ImaginedTensor) else CPU if isinstance(t, torch.device) and t.type == DEVICE_TYPE else t for t in flat]
+        plain = [
+            t.inner if isinstance(t, ImaginedTensor) else CPU if isinstance(t, torch.device) and t.type == DEVICE_TYPE else t for t in flat
+        ]
         with torch._C._DisableTorchDispatch():
             args, kwargs = pytree.tree_unflatten(plain, spec)
             result = func(*args, **kwargs)
@@ -105,7 +109,9 @@ class ImaginedGpus(TorchDispatchMode):
             if target == CPU:
                 return value.clone() if id(value) in originals else value
             # A copy from another device has a storage of its own, also where the numbers did not need to move.
-            shared = moved and any(value.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in plain if isinstance(t, torch.Tensor))
+            shared = moved and any(
+                value.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in plain if isinstance(t, torch.Tensor)
+            )
             return self._wrap(value.clone() if shared else value, target)
 
         return pytree.tree_map(place, result)
@@ -126,12 +132,12 @@ class ImaginedGpus(TorchDispatchMode):
         return home if home.type == DEVICE_TYPE else CPU
 
     def _wrap(self, inner: torch.Tensor, device: torch.device) -> ImaginedTensor:
-        wrapped = ImaginedTensor(inner, device)
         storage = inner.untyped_storage()
         key = (device.index or 0, storage.data_ptr())
         if self._users.get(key, 0) == 0:
             self._count(key[0], storage.nbytes())
         self._users[key] = self._users.get(key, 0) + 1
+        wrapped = ImaginedTensor(inner, device)
         weakref.finalize(wrapped, self._forget, key, storage.nbytes())
         return wrapped
 
@@ -142,7 +148,8 @@ class ImaginedGpus(TorchDispatchMode):
             self._count(key[0], -nbytes)
 
     def _count(self, index: int, nbytes: int) -> None:
-        self._live[index] = self._live.get(index, 0) + nbytes
-        self.peak[index] = max(self.peak.get(index, 0), self._live[index])
-        if self._watch:
-            self._watch(index, self._live[index])
+        live = self._live.get(index, 0) + nbytes
+        if nbytes > 0 and live > self.capacity.get(index, live):
+            raise torch.OutOfMemoryError(f"imagined GPU {index} has {self.capacity[index]} bytes, {live} were asked for")
+        self._live[index] = live
+        self.peak[index] = max(self.peak.get(index, 0), live)

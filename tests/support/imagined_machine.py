@@ -36,13 +36,21 @@ class TinyExpert:
         expert = Expert(EXPERT_WORDS[HIGH_NOISE], files, self.precision)
         config = expert.model.config
         self.width = config.num_attention_heads * config.attention_head_dim
-        self.sizes = {part: sum(expert.model.get_parameter(name).numel() * dtype.itemsize for name, dtype in expert.dtypes.items() if name == part or name.startswith(f"{part}.")) for part in expert.parts}
+        self.widened_bytes = expert.widened_bytes
+        self.sizes = {
+            part: sum(
+                expert.model.get_parameter(name).numel() * dtype.itemsize
+                for name, dtype in expert.dtypes.items()
+                if name == part or name.startswith(f"{part}.")
+            )
+            for part in expert.parts
+        }
         self.total_bytes = sum(self.sizes.values())
         self.block_bytes = max(size for part, size in self.sizes.items() if part.startswith("blocks."))
 
     def slider_gib(self, shape: VideoShape, weights_bytes: float) -> float:
         """The slider that leaves so many bytes for weights at a size."""
-        activations = transformer_activation_bytes(shape, self.width, self.precision.dtype.itemsize)
+        activations = transformer_activation_bytes(shape, self.width, self.precision.dtype.itemsize, widened_bytes=self.widened_bytes)
         return (CONTEXT_BYTES + activations + weights_bytes + 8) / GIB
 
     def sliders(self, shape: VideoShape, rooms_bytes: Sequence[float]) -> dict[int, float]:

@@ -75,7 +75,9 @@ BROKEN = {
     "no offsets": lambda file: write(file, {"a": {"dtype": "F32", "shape": [2]}}, b"\0" * 8),
     "one offset": lambda file: write(file, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, b"\0" * 8),
     "offsets that are words": lambda file: write(file, {"a": {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]}}, b"\0" * 8),
-    "offsets that are null": lambda file: write(file, {"a": tensor(), "b": {"dtype": "F32", "shape": [2], "data_offsets": None}}, b"\0" * 8),
+    "offsets that are null": lambda file: write(
+        file, {"a": tensor(), "b": {"dtype": "F32", "shape": [2], "data_offsets": None}}, b"\0" * 8
+    ),
     "a dtype that is a list": lambda file: write(file, {"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8),
     "an unknown dtype": lambda file: write(file, {"a": tensor(dtype="F33")}, b"\0" * 8),
     "a negative size": lambda file: write(file, {"a": tensor(shape=(-2,))}, b"\0" * 8),

@@ -69,7 +69,9 @@ def experts_at_work(handle: ModelHandle, request: ImageToVideoRequest) -> tuple[
         pytest.param({"prompt": "猫 " * 600}, id="more words than the text encoder reads"),
     ],
 )
-def test_equals_diffusers(engine: ImageToVideo, tiny_checkpoint: Path, make_request: Request, diffusers_frames: Reference, changes: dict) -> None:
+def test_equals_diffusers(
+    engine: ImageToVideo, tiny_checkpoint: Path, make_request: Request, diffusers_frames: Reference, changes: dict
+) -> None:
     request = make_request(**changes)
     result = engine(open_model(tiny_checkpoint), request)
     assert result.frames.shape == (request.batch_size * request.num_frames, 48, 64, 3)
@@ -101,7 +103,9 @@ def test_equals_diffusers_with_a_last_image(
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_every_input_counts(engine: ImageToVideo, tiny_checkpoint: Path, make_request: Request, diffusers_frames: Reference, changes: dict) -> None:
+def test_every_input_counts(
+    engine: ImageToVideo, tiny_checkpoint: Path, make_request: Request, diffusers_frames: Reference, changes: dict
+) -> None:
     """Else equality would prove little."""
     result = engine(open_model(tiny_checkpoint), make_request(**changes))
     assert furthest(result.frames, diffusers_frames(tiny_checkpoint, make_request())) > VISIBLE

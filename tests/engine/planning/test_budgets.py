@@ -54,8 +54,10 @@ def test_what_we_hold_ourselves_counts_as_free() -> None:
     assert never_more_than_all.usable_bytes <= 16 * GIB
 
 
-def test_minus_one_leaves_a_gpu_out() -> None:
-    budgets, _ = budgets_for(TWO, {0: -1, 1: 11})
+@pytest.mark.parametrize("value", [-1, -0.5])
+def test_minus_one_leaves_a_gpu_out(value: float) -> None:
+    """The node's sliders move by half a GiB, so they stop at -0.5 too."""
+    budgets, _ = budgets_for(TWO, {0: value, 1: 11})
     assert limits_gib(budgets) == {1: 11}
 
 
@@ -73,7 +75,7 @@ def test_more_than_is_free() -> None:
     assert "only 6.0 GiB of the 12.0 GiB its slider allows are free" in note
 
 
-@pytest.mark.parametrize("value", [-0.5, -2, math.nan, math.inf, -math.inf, "much", None], ids=str)
+@pytest.mark.parametrize("value", [-1.5, -2, math.nan, math.inf, -math.inf, "much", None], ids=str)
 def test_other_values_are_refused(value: float) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         budgets_for(TWO, {1: value})

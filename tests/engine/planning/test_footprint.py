@@ -15,7 +15,9 @@ def test_names_for_people() -> None:
     assert str(VideoShape(832, 480, 81, 2)) == "832x480x81 x2"
 
 
-@pytest.mark.parametrize("larger", [VideoShape(848, 480, 81), VideoShape(832, 496, 81), VideoShape(832, 480, 85), VideoShape(832, 480, 81, 2)])
+@pytest.mark.parametrize(
+    "larger", [VideoShape(848, 480, 81), VideoShape(832, 496, 81), VideoShape(832, 480, 85), VideoShape(832, 480, 81, 2)]
+)
 def test_more_video_takes_more(larger: VideoShape) -> None:
     shape = VideoShape(832, 480, 81)
     assert transformer_activation_bytes(larger, 5120, 2) > transformer_activation_bytes(shape, 5120, 2)

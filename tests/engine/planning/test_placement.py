@@ -14,7 +14,7 @@ from wan_sharded.engine.errors import InvalidRequestError, PlacementError
 from wan_sharded.engine.planning.budgets import CONTEXT_BYTES, Budget, budgets_for
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Machine, gib
 from wan_sharded.engine.planning.footprint import VideoShape, transformer_activation_bytes
-from wan_sharded.engine.planning.placement import HOST, Placement, parts_of, place_expert
+from wan_sharded.engine.planning.placement import HOST, SLACK_BYTES, Placement, parts_of, place_expert
 from wan_sharded.engine.weights.precision import Precision, parameter_dtypes
 
 P480 = VideoShape(832, 480, 81)
@@ -108,9 +108,9 @@ def test_auto_fills_one_gpu_after_another(wan_14b: WanTransformer3DModel) -> Non
 
 def test_an_even_split_gives_way_to_one_that_fits(wan_14b: WanTransformer3DModel) -> None:
     """accelerate's even split would put blocks on the host although the larger GPU has room for them."""
-    placement = place(wan_14b, machine(gpu(0, 24), gpu(1, 10)), {}, INT8, device_map="balanced")
+    placement = place(wan_14b, machine(gpu(0, 24), gpu(1, 7)), {}, INT8, device_map="balanced")
     assert placement.weight_bytes(HOST) == 0
-    assert "so the GPUs are filled one after another" in placement.notes[0]
+    assert "Not every GPU can hold an even share" in placement.notes[0]
 
 
 def test_a_gpu_left_out_gets_nothing(wan_14b: WanTransformer3DModel) -> None:
@@ -159,7 +159,7 @@ def test_the_map_is_accelerates_own(wan_14b: WanTransformer3DModel, rooms_gib: t
     expected = infer_auto_device_map(wan_14b, dict(memory), no_split_module_classes=["WanTransformerBlock"], clean_result=False, **sizing)
 
     activations = transformer_activation_bytes(P480, 5120, 2)
-    sliders = {index: (value + activations + CONTEXT_BYTES) / GIB for index, value in room.items()}
+    sliders = {index: (value + activations + CONTEXT_BYTES + SLACK_BYTES) / GIB for index, value in room.items()}
     placement = place(wan_14b, machine(*(gpu(index, 80) for index in room)), sliders, device_map=device_map)
     for part, home in placement.homes.items():
         if placement.sizes[part]:
@@ -192,7 +192,9 @@ def models(wan_14b: WanTransformer3DModel) -> Callable[[random.Random], WanTrans
     return draw
 
 
-def random_case(dice: random.Random, draw: Callable[[random.Random], WanTransformer3DModel]) -> tuple[WanTransformer3DModel, Machine, dict, dict]:
+def random_case(
+    dice: random.Random, draw: Callable[[random.Random], WanTransformer3DModel]
+) -> tuple[WanTransformer3DModel, Machine, dict, dict]:
     totals = [dice.choice([4, 6, 8, 10, 12, 16, 24, 32, 80]) for _ in range(dice.choice([1, 1, 2, 2, 2, 3, 4, 8]))]
     computer = machine(*(gpu(index, total, total * dice.uniform(0.05, 1)) for index, total in enumerate(totals)))
     sliders = {index: dice.choice([0, 0, -1, dice.randrange(1, 2 * total + 8) / 2]) for index, total in enumerate(totals)}

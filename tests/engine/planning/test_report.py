@@ -43,7 +43,9 @@ def placed(model: WanTransformer3DModel, precision: Precision, sliders: dict[int
 
 def test_every_block_is_accounted_for(wan_14b: WanTransformer3DModel, precision: Precision) -> None:
     placement = placed(wan_14b, precision, {0: 10, 1: 0})
-    report = placement_report({"transformer": ("high noise expert", placement)}, precision=str(precision), size="832x480x81", notes=("one", "two"))
+    report = placement_report(
+        {"transformer": ("high noise expert", placement)}, precision=str(precision), size="832x480x81", notes=("one", "two")
+    )
     homes = re.sub(r", \d other parts?", "", report)
     ranges = [pair.split("-") for words in re.findall(r"blocks? ([\d, -]+)", homes) for pair in re.findall(r"\d+-\d+|\d+", words)]
     numbers = [number for ends in ranges for number in range(int(ends[0]), int(ends[-1]) + 1)]

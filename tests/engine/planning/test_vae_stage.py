@@ -6,7 +6,7 @@ from imagined_machine import gpu, machine
 from wan_sharded.engine.planning.budgets import budgets_for
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo
 from wan_sharded.engine.planning.footprint import FRAGMENTATION, VideoShape
-from wan_sharded.engine.planning.vae_stage import VaeStage, choose_vae_stage
+from wan_sharded.engine.planning.vae_stage import VaeStage, vae_stages
 
 P480 = VideoShape(832, 480, 81)
 P720 = VideoShape(1280, 720, 81)
@@ -14,7 +14,7 @@ P720 = VideoShape(1280, 720, 81)
 
 def stage(shape: VideoShape, *sliders: float, decode: bool = True) -> VaeStage:
     budgets, _ = budgets_for(machine(*(gpu(index, 24) for index in range(len(sliders)))), dict(enumerate(sliders)))
-    return choose_vae_stage(shape, budgets, decode=decode, fragmentation=FRAGMENTATION)
+    return vae_stages(shape, budgets, decode=decode, fragmentation=FRAGMENTATION)[0]
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -34,8 +34,8 @@ def test_bf16_whole_where_float32_is_too_large() -> None:
     chosen = stage(P720, 15)
     assert (chosen.dtype, chosen.tiled) == (torch.bfloat16, False)
     (note,) = chosen.notes
-    assert note.startswith("The VAE decodes in bf16: in float32 it would take ")
-    assert "GPU 0 · Imagined 24 GB has " in note
+    assert note.startswith("The VAE decoded in bf16: in float32 and whole it would take ")
+    assert "GPU 0 · Imagined 24 GB may use " in note
 
 
 def test_tiles_where_bf16_is_too_large() -> None:
@@ -77,5 +77,13 @@ def test_the_last_way_where_nothing_fits() -> None:
 def test_the_cpu_stays_in_float32(total_gib: int, tiled: bool) -> None:
     cpu = DeviceInfo(0, "CPU", "cpu", total_gib * GIB, total_gib * GIB, is_gpu=False)
     budgets, _ = budgets_for(machine(cpu), {})
-    chosen = choose_vae_stage(P480, budgets, decode=True, fragmentation=FRAGMENTATION)
+    chosen = vae_stages(P480, budgets, decode=True, fragmentation=FRAGMENTATION)[0]
     assert (chosen.dtype, chosen.tiled) == (torch.float32, tiled)
+
+
+def test_every_way_down() -> None:
+    """Should the best way run out of memory after all, the next one is there."""
+    budgets, _ = budgets_for(machine(gpu(0, 24)), {0: 15})
+    ways = vae_stages(P480, budgets, decode=True, fragmentation=FRAGMENTATION)
+    assert [(way.dtype, way.tiled) for way in ways] == [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+    assert [way.bytes_needed for way in ways] == sorted((way.bytes_needed for way in ways), reverse=True)

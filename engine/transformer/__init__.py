@@ -1,0 +1,1 @@
+"""The arithmetic of a Wan block, written for memory. Knows no devices, no weights' homes, no pipeline."""

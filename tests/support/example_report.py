@@ -1,0 +1,58 @@
+"""What the loader says on the machine that README.md has in mind: an RTX 5060 Ti 16 GB and an RTX 3060 12 GB.
+
+    python tests/support/example_report.py [weight_dtype]
+
+The real shape of the published checkpoint, without its weights, planned by the same code as on a real machine.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+if "wan_sharded" not in sys.modules:
+    pack = ModuleType("wan_sharded")
+    pack.__path__ = [str(Path(__file__).resolve().parents[2])]
+    sys.modules["wan_sharded"] = pack
+
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+from wan_sharded.engine.checkpoints.diffusers_folder import HIGH_NOISE, LOW_NOISE, ComponentFiles, DiffusersFolder
+from wan_sharded.engine.checkpoints.safetensors_header import TensorEntry
+from wan_sharded.engine.handle import ModelHandle
+from wan_sharded.engine.pipeline.image_to_video import plan_report
+from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Machine
+from wan_sharded.engine.planning.footprint import FRAGMENTATION_ASYNC, VideoShape
+from wan_sharded.engine.weights.owner import ModelOwner
+
+# Memory as the driver reports it, with a desktop on the first card; 64 GB of system memory with the usual programs open.
+GPUS = (
+    DeviceInfo(0, "RTX 5060 Ti", "lazy:0", int(15.93 * GIB), int(15.0 * GIB)),
+    DeviceInfo(1, "RTX 3060", "lazy:1", int(12.0 * GIB), int(11.5 * GIB)),
+)
+HOST_AVAILABLE_BYTES = 56 * GIB
+SLIDERS_GIB = {0: 15, 1: 11}
+
+
+def published_checkpoint(folder: Path) -> DiffusersFolder:
+    """Wan-AI/Wan2.2-I2V-A14B-Diffusers as its headers describe it: two experts of 14.3 billion float32 parameters."""
+    experts = {}
+    for part in (HIGH_NOISE, LOW_NOISE):
+        with init_empty_weights():
+            model = WanTransformer3DModel(in_channels=36, out_channels=16, text_dim=4096, num_layers=40)
+        model.save_config(folder / part)
+        tensors = {name: (folder / part, TensorEntry("F32", tuple(p.shape))) for name, p in model.named_parameters()}
+        experts[part] = ComponentFiles(folder / part, tensors)
+    return DiffusersFolder(folder, 0.9, experts, fingerprint="")
+
+
+def example_report(weight_dtype: str = "default") -> str:
+    """The placement for 832x480, 81 frames in words, inside a ComfyUI with its usual allocator."""
+    machine = Machine(GPUS, HOST_AVAILABLE_BYTES, fragmentation=FRAGMENTATION_ASYNC)
+    with tempfile.TemporaryDirectory() as folder:
+        handle = ModelHandle(published_checkpoint(Path(folder)), weight_dtype, max_memory_gib=SLIDERS_GIB)
+        return plan_report(ModelOwner().dry_plan(handle, machine, VideoShape(832, 480, 81)))
+
+
+if __name__ == "__main__":
+    print(example_report(*sys.argv[1:]))

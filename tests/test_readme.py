@@ -1,0 +1,130 @@
+"""README.md says what is true: its scripts run as they stand there, its links lead somewhere, its example is what the planner says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from functools import cache
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import av
+import example_report
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"js/docs/{file.name}" for file in sorted((ROOT / "js" / "docs").glob("*.md")))]
+
+
+def code_block(language: str) -> str:
+    """The one fenced block of a language."""
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return block
+
+
+def with_changes(script: str, changes: dict[str, str]) -> str:
+    """The script with some of its words replaced; each must be there exactly once."""
+    for old, new in changes.items():
+        assert script.count(old) == 1, f"{old} is in the script {script.count(old)} times"
+        script = script.replace(old, new)
+    return script
+
+
+def link(folder: Path, target: Path) -> None:
+    try:
+        folder.symlink_to(target, target_is_directory=True)
+    except OSError as error:
+        pytest.skip(f"no symbolic links here: {error}")
+
+
+def run_script(script: str, folder: Path) -> None:
+    """Run a script in a folder, on the CPU and without the Hub."""
+    (folder / "script.py").write_text(script, encoding="utf-8")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
+    result = subprocess.run([sys.executable, "script.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_python_script_makes_a_video(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    link(tmp_path / "wan_sharded", ROOT)  # in the place of what `pip install .` copies
+    Image.linear_gradient("L").resize((96, 64)).save(tmp_path / "picture.jpg")
+    changes = {
+        '"Wan-AI/Wan2.2-I2V-A14B-Diffusers"': repr(str(tiny_checkpoint)),
+        '"boat.jpg"': '"picture.jpg"',
+        "num_frames=81, num_inference_steps=20": "num_frames=9, num_inference_steps=2, width=64, height=48",
+    }
+    run_script(with_changes(code_block("python"), changes), tmp_path)
+    with av.open(str(tmp_path / "video.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height, stream.average_rate) == (64, 48, 16)
+        assert len(list(container.decode(stream))) == 9
+
+
+class PromptQueue(BaseHTTPRequestHandler):
+    """Answers as ComfyUI does, and keeps what was posted."""
+
+    posted: list[dict] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.posted.append({"path": self.path, **body})
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"prompt_id": "1", "number": 0, "node_errors": {}}')
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_queue_script_posts_the_example(tmp_path: Path) -> None:
+    link(tmp_path / "example_workflows", ROOT / "example_workflows")
+    server = HTTPServer(("127.0.0.1", 0), PromptQueue)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        run_script(with_changes(code_block("py"), {"127.0.0.1:8188": f"127.0.0.1:{server.server_port}"}), tmp_path)
+    finally:
+        server.shutdown()
+        server.server_close()
+    ((path, sent),) = [(body["path"], body["prompt"]) for body in PromptQueue.posted]
+    assert path == "/prompt"
+    original = json.loads((ROOT / "example_workflows" / "api" / "wan_i2v.json").read_text(encoding="utf-8"))
+    assert {key: set(node["inputs"]) for key, node in sent.items()} == {key: set(node["inputs"]) for key, node in original.items()}
+    changed = {
+        (key, name) for key, node in original.items() for name, value in node["inputs"].items() if sent[key]["inputs"][name] != value
+    }
+    assert changed == {("2", "image"), ("3", "positive"), ("3", "seed")}
+
+
+@cache
+def planned(weight_dtype: str) -> str:
+    return example_report.example_report(weight_dtype)
+
+
+def test_the_example_placement_is_what_the_planner_says() -> None:
+    assert code_block("text").strip() == planned("default"), "copy what `python tests/support/example_report.py` prints into README.md"
+
+
+def test_bf16_needs_system_memory_there_and_quantized_weights_do_not() -> None:
+    pytest.importorskip("torchao")
+    waiting = {choice: "system memory" in planned(choice) for choice in ("default", "fp8_e4m3fn", "int8")}
+    assert waiting == {"default": True, "fp8_e4m3fn": False, "int8": False}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text)
+    missing = [target for target in targets if "://" not in target and not ((ROOT / page).parent / target).exists()]
+    assert missing == []
+
+
+def test_pictures_are_shown_and_small() -> None:
+    pictures = sorted((ROOT / "docs" / "images").iterdir())
+    assert pictures
+    for picture in pictures:
+        assert f"docs/images/{picture.name}" in README
+        assert picture.stat().st_size < 150_000, picture.name
