@@ -238,20 +238,22 @@ def set_up(version: str, dev: bool) -> None:
     Raises:
         SetupError: something could not be installed; the message says what to do.
     """
-    files = RUN_REQUIREMENTS + (DEV_REQUIREMENTS if dev else ())
-    stamp = VENV / ("set-up-dev.json" if dev else "set-up.json")
-    wanted = stamp_text(version, files)
-    if stamp.is_file() and stamp.read_text() == wanted and (comfyui_folder(version) / "main.py").is_file():
+    stamps = {VENV / "set-up.json": stamp_text(version, RUN_REQUIREMENTS)}
+    if dev:
+        stamps[VENV / "set-up-dev.json"] = stamp_text(version, RUN_REQUIREMENTS + DEV_REQUIREMENTS)
+    done = all(stamp.is_file() and stamp.read_text() == text for stamp, text in stamps.items())
+    if done and (comfyui_folder(version) / "main.py").is_file():
         return
     started = time.monotonic()
     create_venv()
+    fetch_comfyui(version)
     install_torch()
     install_torch_companions()
-    fetch_comfyui(version)
-    install_requirements(comfyui_folder(version) / "requirements.txt", *files)
+    install_requirements(comfyui_folder(version) / "requirements.txt", *RUN_REQUIREMENTS, *(DEV_REQUIREMENTS if dev else ()))
     if not run(venv_python(), "-c", "import torch, torchvision, torchaudio, transformers, diffusers, av"):
         raise SetupError("the installed packages do not import; the output above says why.")
-    stamp.write_text(wanted)
+    for stamp, text in stamps.items():
+        stamp.write_text(text)
     say(f"ready after {time.monotonic() - started:.0f} s")
 
 

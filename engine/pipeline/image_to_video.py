@@ -150,6 +150,8 @@ class _Run:
                 "Use a Wan (UMT5-XXL) text encoder: Load CLIP with type 'wan'."
             )
         embeds = embeds[:1].float().cpu()
+        if not bool(torch.isfinite(embeds).all()):
+            raise InvalidRequestError("The conditioning holds values that are no numbers (NaN or infinite). Check the node that made it.")
         if embeds.shape[1] < MAX_TOKENS:
             embeds = torch.nn.functional.pad(embeds, (0, 0, 0, MAX_TOKENS - embeds.shape[1]))
         return embeds.to(self.plan.main_device, self.plan.precision.dtype).repeat(self.request.batch_size, 1, 1)

@@ -54,7 +54,12 @@ def as_picture(picture: "Image.Image | np.ndarray | torch.Tensor", name: str = "
     """
     if isinstance(picture, Image.Image):
         picture = np.asarray(picture.convert("RGB"))
-    tensor = torch.as_tensor(picture)
+    try:
+        tensor = torch.as_tensor(picture)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidRequestError(f"{name} is a {type(picture).__name__}, no picture. Give a PIL image, or an array or tensor.") from error
+    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+        raise InvalidRequestError(f"{name} holds {tensor.dtype} values; a picture is uint8 (0 to 255) or floating point (0 to 1).")
     if tensor.ndim == 4:
         if tensor.shape[0] == 0:
             raise InvalidRequestError(f"{name} is an empty batch (0 pictures). Connect at least one picture.")
@@ -82,7 +87,7 @@ def fill_frame(picture: torch.Tensor, width: int, height: int) -> tuple[torch.Te
     if (w, h) == (width, height):
         return picture.permute(2, 0, 1).unsqueeze(0).contiguous(), False
     scale = max(width / w, height / h)
-    kept_w, kept_h = width / scale, height / scale
+    kept_w, kept_h = min(w, width / scale), min(h, height / scale)  # rounding must not lead outside
     left, top = (w - kept_w) / 2, (h - kept_h) / 2
     image = Image.fromarray((picture * 255).round().to(torch.uint8).numpy())
     image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + kept_w, top + kept_h))

@@ -46,13 +46,15 @@ class PromptEmbeddings:
         Raises:
             CheckpointError: the encoder or the tokenizer can't be loaded.
         """
-        keys = {prompt: (identity, prompt) for prompt in prompts}
+        keys = {prompt: (folder, identity, loaded.precision.dtype, prompt) for prompt in prompts}
         unknown = [prompt for prompt, key in keys.items() if key not in self._known]
         if unknown:
             callbacks.on_stage("Encoding the prompt")
             for prompt, embeds in zip(unknown, _encode(folder, unknown, loaded, callbacks), strict=True):
                 self._known[keys[prompt]] = embeds
         result = [self._known[keys[prompt]] for prompt in prompts]
+        for key in keys.values():
+            self._known.move_to_end(key)
         while len(self._known) > self._capacity:
             self._known.popitem(last=False)
         return result
@@ -70,27 +72,41 @@ def _encode(folder: Path, prompts: list[str], loaded: LoadedModel, callbacks: Ca
     encoder = None
     try:
         callbacks.check_cancelled()
-        max_memory = _make_room(loaded, needed) if on_gpu else None
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        spread: Any = {"device_map": "sequential", "max_memory": max_memory} if max_memory else {}
-        encoder = UMT5EncoderModel.from_pretrained(
-            folder / "text_encoder",
-            dtype=dtype or "auto",
-            local_files_only=True,
-            **spread,
-        ).eval()
+        tokenizer, encoder = _load(folder, dtype, _make_room(loaded, needed) if on_gpu else None)
         callbacks.check_cancelled()
         pipeline = WanImageToVideoPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=None, scheduler=None)  # type: ignore[arg-type]
         embeds, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS, device=torch.device("cpu")
         )
         return list(embeds.split(1))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(f"The text encoder of {folder.name} could not be loaded: {error}. Download it again.") from error
     finally:
         del encoder
         gc.collect()
         probe.release_cached(devices)
+
+
+def _load(folder: Path, dtype: torch.dtype | None, max_memory: dict[int | str, int] | None) -> tuple[Any, Any]:
+    """Tokenizer and encoder.
+
+    Raises:
+        CheckpointError: one of them can't be loaded.
+    """
+    spread: Any = {"device_map": "sequential", "max_memory": max_memory} if max_memory else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        encoder, loading = UMT5EncoderModel.from_pretrained(
+            folder / "text_encoder", dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **spread
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers raises many kinds; the cause is kept
+        raise CheckpointError(f"The text encoder of {folder.name} could not be loaded: {error}. Download it again.") from error
+    if loading["missing_keys"]:  # transformers would go on with random ones
+        raise CheckpointError(
+            f"The text encoder of {folder.name} lacks {len(loading['missing_keys'])} tensors, such as {min(loading['missing_keys'])}. "
+            "Download it again."
+        )
+    return tokenizer, encoder.eval()
 
 
 def _make_room(loaded: LoadedModel, needed: int) -> dict[int | str, int]:

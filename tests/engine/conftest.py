@@ -1,5 +1,6 @@
 """What the engine's tests share: pictures, requests, and diffusers' frames to compare with."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ def one_thread() -> Iterator[None]:
     """Tensors this small are computed faster by one thread, and always in the same order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what is imported by now needs no looking through each time the engine collects garbage
     yield
+    gc.unfreeze()
     torch.set_num_threads(before)
 
 

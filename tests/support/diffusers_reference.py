@@ -86,7 +86,9 @@ def hand_written_frames(
             expert = pipeline.transformer if high else pipeline.transformer_2
             scale = guidance_scales[0 if high else 1]
 
-            def velocity(embeds, expert=expert, timestep=timestep, seen=torch.cat([latents, condition], 1)):
+            seen = torch.cat([latents, condition], 1)
+
+            def velocity(embeds, expert=expert, timestep=timestep, seen=seen):
                 return expert(hidden_states=seen, timestep=timestep.expand(1), encoder_hidden_states=embeds, return_dict=False)[0]
 
             predicted = velocity(positive)

@@ -1,0 +1,159 @@
+"""The VAE's stages: exact in float32, in tiles and in bf16 where memory is short, stopped between chunks, and damaged ones named."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers_reference import HostVae
+from imagined_gpus import ImaginedGpus
+from imagined_machine import gpu
+from safetensors.torch import load_file, save_file
+from wan_sharded.engine import Callbacks, ImageToVideoRequest, open_model
+from wan_sharded.engine.errors import Cancelled, CheckpointError
+from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
+from wan_sharded.engine.planning.budgets import CONTEXT_BYTES
+from wan_sharded.engine.planning.devices import GIB, Machine
+from wan_sharded.engine.planning.footprint import VideoShape, vae_bytes
+from wan_sharded.engine.weights.owner import ModelOwner
+
+WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
+Request = Callable[..., ImageToVideoRequest]
+
+
+@pytest.fixture
+def quick(make_request: Request) -> Request:
+    def make(**changes: object) -> ImageToVideoRequest:
+        embeds = {"prompt_embeds": torch.ones(1, 3, 32), "guidance_scale": 1.0}
+        return make_request(**{"num_inference_steps": 1, "num_frames": 9, **embeds, **changes})
+
+    return make
+
+
+def on_gpu(free_bytes: int) -> Machine:
+    return Machine((gpu(0, 64, free_bytes / 0.94 / GIB),), 64 * GIB)
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_bf16_where_float32_is_too_large(tiny_checkpoint: Path, quick: Request, element_bytes: int) -> None:
+    """Within rounding of float32, and said."""
+    shape = VideoShape(64, 48, 9)
+    room = vae_bytes(shape, decode=True, element_bytes=element_bytes, tiled=False) + 2**20
+    with ImaginedGpus():
+        result = ImageToVideo(ModelOwner(), lambda: on_gpu(room))(open_model(tiny_checkpoint, weight_dtype="fp32"), quick())
+    with torch.inference_mode():
+        video = HostVae(tiny_checkpoint).decode(result.latents)
+    exact = (video[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1)
+    error = float((result.frames - exact).abs().max())
+    if element_bytes == 4:
+        assert error <= 1e-5
+        assert not [note for note in result.notes if "VAE" in note]
+    else:
+        assert 1e-5 < error < 0.1
+        (note,) = [note for note in result.notes if "VAE decoded" in note]
+        assert "in bf16: in float32 and whole it would take" in note and "GPU 0 · Imagined 64 GB may use" in note
+
+
+def test_the_next_way_down_when_the_planned_one_runs_out_of_memory(tiny_checkpoint: Path, quick: Request) -> None:
+    handle = open_model(tiny_checkpoint, weight_dtype="fp32")
+    with ImaginedGpus() as gpus:
+        engine = ImageToVideo(ModelOwner(), lambda: on_gpu(32 * GIB))
+        engine(handle, quick())
+        needed = gpus.peak[0]
+        gpus.capacity[0] = int(0.8 * needed)
+        result = engine(handle, quick())
+        assert "The VAE decoded in bf16" in " ".join(result.notes)
+        gpus.capacity.clear()
+        assert not [note for note in engine(handle, quick()).notes if "VAE" in note], "the next run starts at the best way again"
+
+
+def test_the_vae_leaves_the_gpu_when_it_is_done(tiny_checkpoint: Path, quick: Request) -> None:
+    with ImaginedGpus() as gpus:
+        owner = ModelOwner()
+        ImageToVideo(owner, lambda: on_gpu(32 * GIB))(open_model(tiny_checkpoint, weight_dtype="fp32"), quick())
+        held = owner.held_bytes()["lazy:0"]
+        assert gpus.live_bytes(0) <= held + 200_000
+
+
+def test_weights_make_room_for_the_vae(tiny_checkpoint: Path, quick: Request) -> None:
+    """The VAE's peak must not stand on the experts' weights."""
+    shape = VideoShape(64, 48, 9)
+    decode = vae_bytes(shape, decode=True, element_bytes=4, tiled=False)
+    handle = open_model(tiny_checkpoint, weight_dtype="fp32", max_memory_gib={0: (CONTEXT_BYTES + decode + 2**20) / GIB})
+    seen: list[int] = []
+    with ImaginedGpus() as gpus:
+        owner = ModelOwner()
+        engine = ImageToVideo(owner, lambda: on_gpu(32 * GIB))
+
+        def on_stage(words: str) -> None:
+            if words == "Decoding the frames":
+                seen.append(owner.held_bytes()["lazy:0"])
+
+        engine(handle, quick(), Callbacks(on_stage=on_stage))
+        assert seen[0] > 2**19
+        assert owner.held_bytes()["lazy:0"] <= 2**20, "parked while decoding"
+        assert gpus.live_bytes(0) <= 2**20 + 200_000
+
+
+@pytest.mark.parametrize("frames", [1, 9, 17])
+def test_any_number_of_chunks(tiny_checkpoint: Path, quick: Request, frames: int, diffusers_frames: Callable) -> None:
+    request = quick(num_frames=frames, prompt_embeds=None)
+    result = ImageToVideo(ModelOwner())(open_model(tiny_checkpoint), request)
+    assert float((result.frames - diffusers_frames(tiny_checkpoint, request)).abs().max()) <= 1e-5
+
+
+def test_cancel_is_asked_between_chunks(tiny_checkpoint: Path, quick: Request) -> None:
+    """Decoding 17 frames is five chunks; a stop in the middle of them must not wait for the last."""
+    stage: list[str] = []
+    asked: dict[str, int] = {}
+
+    def check() -> None:
+        asked[stage[-1] if stage else ""] = asked.get(stage[-1] if stage else "", 0) + 1
+
+    engine, handle = ImageToVideo(ModelOwner()), open_model(tiny_checkpoint)
+    engine(handle, quick(num_frames=17), Callbacks(check_cancelled=check, on_stage=stage.append))
+    assert asked["Decoding the frames"] >= 5
+    assert asked["Encoding the picture"] >= 5
+
+    def stop() -> None:
+        if stage[-1] == "Decoding the frames":
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        engine(handle, quick(num_frames=17), Callbacks(check_cancelled=stop, on_stage=stage.append))
+
+
+def lose_a_tensor(model: Path) -> None:
+    tensors = load_file(model / WEIGHTS)
+    del tensors["decoder.conv_out.weight"]
+    save_file(tensors, model / WEIGHTS)
+
+
+def bend_a_tensor(model: Path) -> None:
+    tensors = load_file(model / WEIGHTS)
+    tensors["decoder.conv_out.weight"] = torch.zeros(3, 3)
+    save_file(tensors, model / WEIGHTS)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a tensor is missing": lose_a_tensor,
+    "a tensor has another shape": bend_a_tensor,
+    "a configuration of another size": lambda model: (model / "vae" / "config.json").write_text(
+        (model / "vae" / "config.json").read_text().replace('"base_dim": 8', '"base_dim": 12')
+    ),
+    "a configuration with words for numbers": lambda model: (model / "vae" / "config.json").write_text(
+        (model / "vae" / "config.json").read_text().replace('"base_dim": 8', '"base_dim": "eight"')
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_vae_that_cannot_be_loaded(tiny_checkpoint: Path, tmp_path: Path, quick: Request, damage: str) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "wan copy"))
+    DAMAGE[damage](copy)
+    engine = ImageToVideo(ModelOwner())
+    with pytest.raises(CheckpointError, match="The VAE in wan copy") as caught:
+        engine(open_model(copy), quick())
+    assert "Download it again" in str(caught.value)
+    assert torch.isfinite(engine(open_model(tiny_checkpoint), quick()).frames).all(), "and the next run works"

@@ -1,0 +1,171 @@
+"""Asking for hardware: the order of GPUs, hidden ones, and values where there is none."""
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import wan_sharded
+from wan_sharded.engine import probe
+from wan_sharded.engine.planning.devices import GIB
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    """The answers are remembered for the life of a process."""
+    probe.visible_gpus.cache_clear()
+    probe.installed_gpus.cache_clear()
+    yield
+    probe.visible_gpus.cache_clear()
+    probe.installed_gpus.cache_clear()
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put an ``nvidia-smi`` on the PATH that does what a shell script says."""
+    if os.name == "nt":
+        pytest.skip("the stand-in is a shell script")
+
+    def install(script: str) -> None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    return install
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have torch answer as on a machine with these GPUs: (name, PCI bus, total GiB, free GiB), in torch's order."""
+
+    def install(*gpus: tuple[str, int, float, float], cached_gib: float = 0) -> None:
+        def properties(index: int) -> SimpleNamespace:
+            name, bus, total, _ = gpus[index]
+            return SimpleNamespace(name=name, total_memory=int(total * GIB), pci_domain_id=0, pci_bus_id=bus, pci_device_id=0)
+
+        answers = {
+            "is_available": lambda: True,
+            "device_count": lambda: len(gpus),
+            "get_device_properties": properties,
+            "mem_get_info": lambda index: (int(gpus[index][3] * GIB), int(gpus[index][2] * GIB)),
+            "memory_reserved": lambda index: int((cached_gib + 1) * GIB),
+            "memory_allocated": lambda index: GIB,
+            "get_device_capability": lambda index: (8, 6),
+            "get_allocator_backend": lambda: "cudaMallocAsync",
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+    return install
+
+
+FAST_FIRST = (("NVIDIA GeForce RTX 5060 Ti", 9, 15.9, 15), ("NVIDIA GeForce RTX 3060", 5, 11.8, 11))
+
+
+def test_pci_order_though_torch_counts_the_fastest_first(cuda: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside ComfyUI CUDA has started before a node pack is imported, so its order is torch's."""
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    cuda(*FAST_FIRST)
+    machine = probe.probe_machine()
+    assert [(device.index, device.name, device.torch_device) for device in machine.devices] == [
+        (0, "RTX 3060", "cuda:1"),
+        (1, "RTX 5060 Ti", "cuda:0"),
+    ]
+    assert [device.label for device in machine.devices] == ["GPU 0 · RTX 3060 12 GB", "GPU 1 · RTX 5060 Ti 16 GB"]
+    assert machine.devices[0].compute_capability == (8, 6)
+
+
+def test_torchs_order_where_it_is_the_buss(cuda: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or where the user has made another, with CUDA_VISIBLE_DEVICES."""
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    cuda(*FAST_FIRST)
+    assert [device.torch_device for device in probe.probe_machine().devices] == ["cuda:0", "cuda:1"]
+
+
+def test_what_the_allocator_holds_unused_is_free(cuda: Callable[..., None]) -> None:
+    cuda(("NVIDIA RTX A6000", 1, 48, 20), cached_gib=7)
+    (device,) = probe.probe_machine().devices
+    assert device.free_bytes == 27 * GIB and device.total_bytes == 48 * GIB and device.is_gpu
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("NVIDIA GeForce RTX 3060", "RTX 3060"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB HBM3"),
+        ("AMD Radeon RX 7900 XTX", "RX 7900 XTX"),
+        ("Tesla T4", "Tesla T4"),
+    ],
+)
+def test_short_names(name: str, short: str) -> None:
+    assert probe.short_name(name) == short
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_the_cpu_computes() -> None:
+    machine = probe.probe_machine()
+    (device,) = machine.devices
+    assert (device.index, device.torch_device, device.is_gpu, device.label) == (0, "cpu", False, "CPU")
+    assert 0 < device.free_bytes <= device.total_bytes
+    assert machine.host_available_bytes > 0
+    for torch_device in ("cpu", "meta", "lazy:1"):
+        assert probe.allocated_bytes(torch_device) == probe.peak_bytes(torch_device) == 0
+        probe.reset_peak(torch_device)
+        probe.synchronize(torch_device)
+        probe.release_cached([torch_device])
+
+
+def test_hidden_gpus_are_told(nvidia_smi: Callable[[str], None], cuda: Callable[..., None]) -> None:
+    """On Windows, newer ComfyUI shows only the first GPU unless it is started with --cuda-device all."""
+    nvidia_smi("echo 'NVIDIA GeForce RTX 5060 Ti'; echo 'NVIDIA GeForce RTX 3060'")
+    cuda(FAST_FIRST[0])
+    (warning,) = probe.probe_machine().warnings
+    assert "2 GPUs (RTX 5060 Ti, RTX 3060) but only 1 can be used" in warning
+    assert "--cuda-device all" in warning and "CUDA_VISIBLE_DEVICES" in warning
+
+
+def test_nothing_is_told_where_all_are_visible(nvidia_smi: Callable[[str], None], cuda: Callable[..., None]) -> None:
+    nvidia_smi("echo 'NVIDIA GeForce RTX 5060 Ti'; echo 'NVIDIA GeForce RTX 3060'")
+    cuda(*FAST_FIRST)
+    assert probe.probe_machine().warnings == ()
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["exit 9", "echo 'NVIDIA-SMI has failed because it could not communicate with the driver.'; exit 9", "true", "echo; echo"],
+    ids=["fails", "fails with words", "says nothing", "says empty lines"],
+)
+def test_an_nvidia_smi_that_does_not_work(nvidia_smi: Callable[[str], None], script: str) -> None:
+    nvidia_smi(script)
+    assert probe.installed_gpus() == ()
+    assert probe.hidden_gpu_warning() == ()
+
+
+def test_pci_order_is_asked_for_before_torch_is_loaded() -> None:
+    """It only counts then; what the user has set stays. And importing the engine alone loads nothing heavy."""
+    code = textwrap.dedent(
+        """
+        import json, os, sys
+        from types import ModuleType
+        pack = ModuleType("wan_sharded")
+        pack.__path__ = [sys.argv[1]]
+        sys.modules["wan_sharded"] = pack
+        import wan_sharded.engine
+        print(json.dumps([os.environ.get("CUDA_DEVICE_ORDER"), "torch" in sys.modules]))
+        """
+    )
+
+    def run(**environment: str) -> str:
+        kept = {name: value for name, value in os.environ.items() if "CUDA" not in name}
+        command = [sys.executable, "-c", code, wan_sharded.__path__[0]]
+        return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=True).stdout
+
+    assert run() == '["PCI_BUS_ID", false]\n'
+    assert run(CUDA_DEVICE_ORDER="FASTEST_FIRST") == '["FASTEST_FIRST", false]\n'
