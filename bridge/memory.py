@@ -25,7 +25,16 @@ class GpuShare(ModelPatcher):
         return max(1, self.loaded_size())
 
     def loaded_size(self) -> int:
-        return OWNER.held_bytes().get(str(self.load_device), 0)
+        """Bytes here; for the default device, on all: ComfyUI's "unload models" asks only that one, and it answers for all."""
+        held = OWNER.held_bytes()
+        return sum(held.values()) if self._is_default else held.get(str(self.load_device), 0)
+
+    @property
+    def _is_default(self) -> bool:
+        return self.load_device == management.get_torch_device()
+
+    def __del__(self) -> None:
+        """Nothing: core's would detach, and at the end of the process wait for a lock that a dead thread may hold."""
 
     def model_dtype(self) -> None:
         return None
@@ -38,20 +47,24 @@ class GpuShare(ModelPatcher):
         return 0
 
     def partially_unload(self, device_to, memory_to_free=0, *args, **kwargs) -> int:
-        """Park weights until ``memory_to_free`` bytes are free; returns how many were freed."""
+        """Park weights on this device until ``memory_to_free`` bytes are free there, or none are left.
+
+        Returns:
+            ``memory_to_free``: there is nothing more to be had from us here, and core would detach everything otherwise.
+        """
         with OWNER.lock:
-            before = self.loaded_size()
             loaded = OWNER.loaded
             if loaded is not None and loaded.plan is not None:
+                held = OWNER.held_bytes().get(str(self.load_device), 0)
                 for budget in loaded.plan.budgets:
                     if budget.device.torch_device == str(self.load_device):
-                        loaded.make_room(budget.device.index, 0, max(0, before - int(memory_to_free)))
+                        loaded.make_room(budget.device.index, 0, max(0, held - int(memory_to_free)))
             management.soft_empty_cache()
-            return before - self.loaded_size()
+        return int(memory_to_free)
 
     def detach(self, unpatch_all=True) -> nn.Module:
-        """Let go. ComfyUI's "unload models" asks only the default device, so that one answers for all."""
-        if self.load_device == management.get_torch_device():
+        """Let go of what is here, or of everything where this is the default device ("unload models")."""
+        if self._is_default:
             OWNER.release()
         else:
             self.partially_unload(self.offload_device, self.loaded_size())

@@ -76,19 +76,32 @@ def _folders() -> dict[str, Path]:
 
 
 def _stamp(root: str) -> tuple[int, ...]:
-    """Changes when a folder is added to or taken from ``root`` or its subfolders."""
-    if not os.path.isdir(root):
-        return ()
-    with os.scandir(root) as entries:
-        inside = [entry.stat().st_mtime_ns for entry in entries if entry.is_dir()]
-    return (os.stat(root).st_mtime_ns, *sorted(inside))
+    """Changes when something is added to or taken from ``root``, its subfolders or theirs: as deep as models are looked for."""
+    folders = [Path(root), *_subfolders(Path(root))]
+    for folder in folders[1:]:
+        folders += _subfolders(folder)
+    return tuple(stamp for folder in folders if (stamp := _changed(folder)))
+
+
+def _changed(folder: Path) -> int:
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Those that may be looked into; one that may not must not keep the others from being offered."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+    except OSError:
+        return []
 
 
 @lru_cache(maxsize=32)
 def _scan(root: str, stamp: tuple[int, ...]) -> tuple[str, ...]:
     """Wan folders one and two levels below a root; cached, because schemas ask at every request."""
-    if not stamp:
-        return ()
-    candidates = [path for path in Path(root).iterdir() if path.is_dir()]
-    nested = [sub for path in candidates if not (path / "model_index.json").is_file() for sub in path.iterdir() if sub.is_dir()]
+    candidates = _subfolders(Path(root))
+    nested = [sub for path in candidates if not (path / "model_index.json").is_file() for sub in _subfolders(path)]
     return tuple(path.relative_to(root).as_posix() for path in (*candidates, *nested) if is_diffusers_folder(path))

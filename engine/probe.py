@@ -116,6 +116,9 @@ def capped(limits: Mapping[str, int]) -> Generator[None, None, None]:
         limits: torch device -> bytes, the most to be reserved there.
     """
     devices = [device for device in limits if is_cuda(device)]
+    # Older versions of torch can't say what was set; then nothing was.
+    read = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    before = {device: read(device) for device in devices}
     try:
         for device in devices:
             total = torch.cuda.get_device_properties(device).total_memory
@@ -123,7 +126,7 @@ def capped(limits: Mapping[str, int]) -> Generator[None, None, None]:
         yield
     finally:
         for device in devices:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.set_per_process_memory_fraction(before[device], device)
 
 
 def release_cached(torch_devices: Iterable[str]) -> None:

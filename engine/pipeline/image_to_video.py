@@ -82,8 +82,13 @@ class ImageToVideo:
         with self.owner.lock, torch.inference_mode():
             try:
                 loaded = self.owner.obtain(handle, self._probe_machine(), request.shape, reserved_bytes=reserved_bytes)
-                with probe.capped(self._limits(loaded)):
-                    return _Run(loaded, handle, request, callbacks, self._embeddings).make(vae)
+                limits = self._limits(loaded)
+                loaded.ceilings.update({torch.device(device): limit for device, limit in limits.items()})
+                try:
+                    with probe.capped(limits):
+                        return _Run(loaded, handle, request, callbacks, self._embeddings).make(vae)
+                finally:
+                    loaded.clear_fetch_rooms()
             except torch.OutOfMemoryError:
                 # The application may free memory and try again; what we hold must not be in its way.
                 self.owner.release()
@@ -126,7 +131,9 @@ class _Run:
         frames = frames_from_video(vae.decode(latents))
         peaks = {b.device.index: probe.peak_bytes(b.device.torch_device) for b in self.plan.budgets}
         self.notes += self._timing_notes()
-        return VideoResult(frames, latents, tuple(self.notes), plan_report(self.plan, peaks), peaks, tuple(self.step_seconds))
+        return VideoResult(
+            frames, latents, tuple(self.notes), plan_report(self.loaded.plan or self.plan, peaks), peaks, tuple(self.step_seconds)
+        )
 
     def _prompt_embeds(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         request, folder = self.request, self.handle.folder

@@ -53,7 +53,7 @@ def as_picture(picture: "Image.Image | np.ndarray | torch.Tensor", name: str = "
         InvalidRequestError: empty, wrong shape, or with pixels that are no numbers.
     """
     if isinstance(picture, Image.Image):
-        picture = np.asarray(picture.convert("RGB"))
+        picture = np.array(picture.convert("RGB"))
     try:
         tensor = torch.as_tensor(picture)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -31,7 +31,7 @@ class PromptEmbeddings:
 
     def __init__(self, capacity: int = 16):
         self._capacity = capacity
-        self._known: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
 
     def encode(self, folder: Path, identity: str, prompts: list[str], loaded: LoadedModel, callbacks: Callbacks) -> list[torch.Tensor]:
         """Embeddings [1, 512, text width] on the CPU, one per prompt, padded with zeros as Wan expects.
@@ -69,18 +69,19 @@ def _encode(folder: Path, prompts: list[str], loaded: LoadedModel, callbacks: Ca
     dtype = torch.bfloat16 if stored_float32 and plan.budgets[0].device.is_gpu and plan.precision.dtype != torch.float32 else None
     needed = (stored_bytes // 2 if dtype else stored_bytes) + ACTIVATION_BYTES
     devices = [b.device.torch_device for b in plan.budgets]
-    encoder = None
+    encoder = pipeline = None
     try:
         callbacks.check_cancelled()
         tokenizer, encoder = _load(folder, dtype, _make_room(loaded, needed) if on_gpu else None)
         callbacks.check_cancelled()
         pipeline = WanImageToVideoPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=None, scheduler=None)  # type: ignore[arg-type]
-        embeds, _ = pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS, device=torch.device("cpu")
-        )
-        return list(embeds.split(1))
+        # Where its inputs go; diffusers before 0.41 takes the device it is given for that.
+        device = next((p.device for p in encoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS, device=device)
+        return list(embeds.cpu().split(1))
     finally:
-        del encoder
+        # The pipeline holds the encoder too, and accelerate's hooks make cycles: all of it must be gone before the VAE's stage.
+        del pipeline, encoder
         gc.collect()
         probe.release_cached(devices)
 
@@ -94,9 +95,10 @@ def _load(folder: Path, dtype: torch.dtype | None, max_memory: dict[int | str, i
     spread: Any = {"device_map": "sequential", "max_memory": max_memory} if max_memory else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        encoder, loading = UMT5EncoderModel.from_pretrained(
+        loaded: Any = UMT5EncoderModel.from_pretrained(
             folder / "text_encoder", dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **spread
         )
+        encoder, loading = loaded
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers raises many kinds; the cause is kept

@@ -53,9 +53,10 @@ class ModelVae:
     def __init__(self, folder: Path, loaded: LoadedModel, shape: VideoShape, check_cancelled: CheckCancelled, note: Callable[[str], None]):
         self._loaded, self._shape, self._check_cancelled, self._note = loaded, shape, check_cancelled, note
         try:
-            loaded_vae, loading = AutoencoderKLWan.from_pretrained(
+            found: Any = AutoencoderKLWan.from_pretrained(
                 folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
+            loaded_vae, loading = found
         except Exception as error:  # diffusers raises many kinds; the cause is kept
             raise CheckpointError(f"The VAE in {folder.parent.name} could not be loaded: {error}. Download it again.") from error
         if loading["missing_keys"]:

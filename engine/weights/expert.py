@@ -120,6 +120,9 @@ class Expert:
         where = self._locations[part]
         if where == device:
             return
+        if device == CPU and where != NOWHERE and self.is_cheap_to_read(part):
+            self.drop(part)  # the mapped file is its host copy
+            where = NOWHERE
         if where == NOWHERE:
             self._read(part, device, stage)
         else:
@@ -155,6 +158,7 @@ class Expert:
         return found
 
     def _move(self, part: str, device: torch.device) -> None:
+        arrived = []
         for _, module, name in self._parameters(part):
             old = module._parameters[name]
             assert old is not None
@@ -162,7 +166,10 @@ class Expert:
                 new = torch.empty(old.shape, dtype=old.dtype, device=device)
             else:
                 new = moved(old.data, device)
-            module._parameters[name] = nn.Parameter(new, requires_grad=False)
+            arrived.append((module, name, nn.Parameter(new, requires_grad=False)))
+        # Only now: should memory end half-way, the part is still whole where it was.
+        for module, name, parameter in arrived:
+            module._parameters[name] = parameter
         if part in self.model._modules and device != NOWHERE:
             self._move_buffers(part, device)
 
@@ -230,6 +237,11 @@ class Expert:
         self.release_fetched()
         remove_hook_from_module(self.model, recurse=True)
         self._fetches = []
+
+    def clear_fetch_room(self) -> None:
+        """Give back what fetched weights stood in; it is made again at the next forward."""
+        for fetch in self._fetches:
+            fetch.clear_room()
 
     def release_fetched(self) -> None:
         """Let go of fetched weights after a forward that raised."""

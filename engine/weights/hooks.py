@@ -106,22 +106,28 @@ class FetchHook(ModelHook):
         if not self._keep_room:
             self._buffer.clear()
 
+    def clear_room(self) -> None:
+        """Give the buffer's room back, between forwards."""
+        self._buffer.clear()
+
 
 class PaceHook(ModelHook):
     """Between blocks: lets a cancel through, keeps the host from queueing a whole forward ahead of the GPU, and the allocator
     from keeping more than its limit."""
 
-    def __init__(self, device: torch.device, check_cancelled: CheckCancelled, ceiling_bytes: int, queued: "deque[torch.cuda.Event]"):
+    def __init__(
+        self, device: torch.device, check_cancelled: CheckCancelled, ceilings: Mapping[torch.device, int], queued: "deque[torch.cuda.Event]"
+    ):
         self.device = device
         self.check_cancelled = check_cancelled
-        self.ceiling_bytes = ceiling_bytes
+        self.ceilings = ceilings
         self.queued = queued
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.check_cancelled()
         while len(self.queued) > RUN_AHEAD_BLOCKS:
             self.queued.popleft().synchronize()
-        probe.trim(str(self.device), self.ceiling_bytes)
+        probe.trim(str(self.device), self.ceilings[self.device])
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -148,7 +154,7 @@ def attach(
         offloaded: the names among them whose weights stay on the host.
         main_device: where the model's inputs go first.
         check_cancelled: raises when the run should stop; asked before every block.
-        ceilings: the most the allocator should hold on each device.
+        ceilings: the most the allocator should hold on each device; read anew before every block.
 
     Returns:
         The fetch hooks, to be released should a forward raise.
@@ -163,7 +169,7 @@ def attach(
             continue  # a norm without weights computes where its input is
         add_hook_to_module(module, SendHook(device), append=True)
         if name.startswith("blocks."):
-            add_hook_to_module(module, PaceHook(device, check_cancelled, ceilings[device], queued), append=True)
+            add_hook_to_module(module, PaceHook(device, check_cancelled, ceilings, queued), append=True)
         if name in offloaded:
             is_block = name.startswith("blocks.")
             fetch = FetchHook(buffers[device] if is_block else FetchBuffer(device), keep_room=is_block)

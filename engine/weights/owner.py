@@ -76,6 +76,8 @@ class LoadedModel:
         self.precision = precision
         self.plan: Plan | None = None
         self.learned_reserve_bytes = 0
+        # The most the allocator should hold on each device during the current run; the hooks read it before every block.
+        self.ceilings: dict[torch.device, int] = {}
         self._dispatched: dict[str, Placement] = {}
         self._check_cancelled: Callable[[], None] = lambda: None
 
@@ -84,6 +86,7 @@ class LoadedModel:
         if self.plan is not None and {b.device.torch_device for b in self.plan.budgets} - {b.device.torch_device for b in plan.budgets}:
             self.release()
         self.plan = plan
+        self.ceilings.update({torch.device(b.device.torch_device): b.usable_bytes for b in plan.budgets})
         for part, expert in self.experts.items():
             if part in self._dispatched and self._dispatched[part].homes == plan.placements[part].homes:
                 self._dispatched[part] = plan.placements[part]  # already so
@@ -103,6 +106,7 @@ class LoadedModel:
         if self._dispatched.get(part) is placement:
             return expert
         expert.undispatch()
+        self.clear_fetch_rooms()
         stage = plan.main_device
         parts = list(placement.homes)
         # Parts that leave a GPU go first, so that what arrives finds their room.
@@ -114,26 +118,44 @@ class LoadedModel:
                 on_load(done, len(parts), expert.name)
                 self._make_room_for_part(placement, part, name)
                 expert.bring(name, home, stage)
-                for budget in plan.budgets:
-                    probe.trim(budget.device.torch_device, budget.usable_bytes)
+                for device, ceiling in self.ceilings.items():
+                    probe.trim(str(device), ceiling)
         on_load(len(parts), len(parts), expert.name)
         self._synchronize()
         # Leftovers of conversions would stand in the way of activations.
         probe.release_cached([b.device.torch_device for b in plan.budgets])
         # Hooks outlive the run that made them: they must ask the run that computes, not that one.
         devices = {b.device.index: torch.device(b.device.torch_device) for b in plan.budgets}
-        ceilings = {torch.device(b.device.torch_device): b.usable_bytes for b in plan.budgets}
-        expert.dispatch(placement, devices, lambda: self._check_cancelled(), ceilings)
+        expert.dispatch(placement, devices, lambda: self._check_cancelled(), self.ceilings)
         self._dispatched[part] = placement
         return expert
 
     def _make_room_for_part(self, placement: Placement, part: str, name: str) -> None:
         home = placement.homes[name]
         if home == HOST:
+            self._make_room_on_host(part, name)
             return
         index = int(home)
         budget = self._planned().budget(index)
         self.make_room(index, placement.reserve_bytes.get(index, 0) + self.experts[part].part_bytes(name), budget.usable_bytes, keep=part)
+
+    def _make_room_on_host(self, part: str, name: str) -> None:
+        """Where system memory is short, the other expert's parts there are dropped; its files have them."""
+        expert = self.experts[part]
+        if expert.is_cheap_to_read(name):
+            return
+        for other, waiting in self.experts.items():
+            for parked in waiting.parts_on(CPU) if other != part else ():
+                if psutil.virtual_memory().available - HOST_RESERVE_BYTES >= expert.part_bytes(name):
+                    return
+                if self._dispatched.pop(other, None) is not None:
+                    waiting.undispatch()
+                waiting.drop(parked)
+
+    def clear_fetch_rooms(self) -> None:
+        """Give back what fetched weights stood in, on all devices."""
+        for expert in self.experts.values():
+            expert.clear_fetch_room()
 
     def make_room(self, index: int, needed_bytes: int, limit_bytes: int, keep: str | None = None) -> None:
         """Park weights from one device until ``needed_bytes`` more fit under the limit there.

@@ -112,4 +112,5 @@ def _quantizer(choice: str):
             f"weight_dtype {choice} needs the package torchao in a version that suits this torch ({torch.__version__}): {error}. "
             "Install it with `pip install torchao`, or choose bf16."
         ) from error
-    return Int8WeightOnlyConfig() if choice == "int8" else Float8WeightOnlyConfig()
+    # torchao's default also changes settings of the whole process (matmul precision, compiler flags).
+    return Int8WeightOnlyConfig(set_inductor_config=False) if choice == "int8" else Float8WeightOnlyConfig(set_inductor_config=False)
