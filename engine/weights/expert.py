@@ -120,9 +120,6 @@ class Expert:
         where = self._locations[part]
         if where == device:
             return
-        if device == CPU and where != NOWHERE and self.is_cheap_to_read(part):
-            self.drop(part)  # the mapped file is its host copy
-            where = NOWHERE
         if where == NOWHERE:
             self._read(part, device, stage)
         else:
