@@ -1,6 +1,5 @@
 """What diffusers' own pipeline makes of the same weights, seed and inputs: what the engine's frames are compared with."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ class HostVae:
     """A VAE that works in float32 on the CPU, in the shape the engine asks for; leaves the GPUs to the transformers."""
 
     def __init__(self, checkpoint: Path):
-        self._vae = _vae(checkpoint)
+        self._vae = AutoencoderKLWan.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32)
         self.config = self._vae.config
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
@@ -118,8 +117,3 @@ class HostVae:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return torch.cat([self._vae.decode(one, return_dict=False)[0] for one in latents.split(1)])
-
-
-@cache
-def _vae(checkpoint: Path) -> AutoencoderKLWan:
-    return AutoencoderKLWan.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32)

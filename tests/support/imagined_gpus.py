@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE_TYPE = "lazy"
@@ -85,44 +86,35 @@ class ImaginedGpus(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Do an operation on the numbers, and put its results where a real one would."""
-        tensors: list[torch.Tensor] = []
-        asked: list[torch.device] = []
-
-        def open_up(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                tensors.append(value)
-                return value.inner if isinstance(value, ImaginedTensor) else value
-            if isinstance(value, torch.device):
-                asked.append(value)
-                return CPU if value.type == DEVICE_TYPE else value
-            return [open_up(item) for item in value] if type(value) in (list, tuple) else value
-
-        plain, named = [open_up(value) for value in args], {name: open_up(value) for name, value in kwargs.items()}
-        imagined = [t for t in tensors if isinstance(t, ImaginedTensor)]
-        if imagined and func._schema.name == "aten::_has_compatible_shallow_copy_type":
+        if func._schema.name == "aten::_has_compatible_shallow_copy_type":
             return False  # so that nn.Module.to makes new parameters instead of exchanging what is inside of the old ones
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+        asked = next((value for value in flat if isinstance(value, torch.device)), None)
+        target = self._target(func, tensors, asked)
+        originals = {id(t.inner): t for t in tensors if isinstance(t, ImaginedTensor)}
+        plain = [
+            t.inner if isinstance(t, ImaginedTensor) else CPU if isinstance(t, torch.device) and t.type == DEVICE_TYPE else t for t in flat
+        ]
         with torch._C._DisableTorchDispatch():
-            if not imagined and not any(device.type == DEVICE_TYPE for device in asked):
-                return func(*args, **kwargs)
-            target = self._target(func, tensors, asked[0] if asked else None)
-            result = func(*plain, **named)
-        originals = {id(t.inner): t for t in imagined}
+            args, kwargs = pytree.tree_unflatten(plain, spec)
+            result = func(*args, **kwargs)
         moved = target != CPU and any(not isinstance(t, ImaginedTensor) or t.device != target for t in tensors)
 
         def place(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
-                return [place(item) for item in value] if type(value) in (list, tuple) else value
-            original = originals.get(id(value))
-            if original is not None and original.device == target:
-                return original  # an operation in place, or one that had nothing to do
+                return value
+            if id(value) in originals and originals[id(value)].device == target:
+                return originals[id(value)]  # an operation in place, or one that had nothing to do
             if target == CPU:
-                return value.clone() if original is not None else value
+                return value.clone() if id(value) in originals else value
             # A copy from another device has a storage of its own, also where the numbers did not need to move.
-            if moved and value.untyped_storage().data_ptr() in {t.untyped_storage().data_ptr() for t in map(open_up, tensors)}:
-                value = value.clone()
-            return self._wrap(value, target)
+            shared = moved and any(
+                value.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in plain if isinstance(t, torch.Tensor)
+            )
+            return self._wrap(value.clone() if shared else value, target)
 
-        return place(result)
+        return pytree.tree_map(place, result)
 
     def _target(self, func: Any, tensors: list[torch.Tensor], asked: torch.device | None) -> torch.device:
         name = func._schema.name
