@@ -18,7 +18,7 @@ sys.modules["wan_sharded"] = pack
 from wan_sharded.engine.planning import footprint  # noqa: E402
 from wan_sharded.engine.planning.footprint import VideoShape  # noqa: E402
 from wan_sharded.engine.transformer.lean_block import use_lean_blocks  # noqa: E402
-from wan_sharded.engine.weights.precision import quantizable_weights, quantize  # noqa: E402
+from wan_sharded.engine.weights.precision import quantizable_weights, quantized_weight  # noqa: E402
 
 GIB = 1024**3
 SHAPES = (VideoShape(832, 480, 81), VideoShape(1280, 720, 81), VideoShape(832, 480, 33))
@@ -69,9 +69,10 @@ def main() -> None:
     matrices = quantizable_weights(model)
     for storage in (torch.int8, torch.float8_e4m3fn):
         quantized = WanTransformer3DModel(in_channels=36, out_channels=16, text_dim=4096, num_layers=2).to(DEVICE, torch.bfloat16).eval()
+        use_lean_blocks(quantized)
         for name in matrices:
-            use_lean_blocks(quantized)
-            quantize(quantized.get_submodule(name.rsplit(".", 1)[0]), storage)
+            layer = quantized.get_submodule(name.removesuffix(".weight"))
+            layer.weight = torch.nn.Parameter(quantized_weight(layer.weight.data, storage), requires_grad=False)
         print(transformer_line(quantized, SHAPES[0], str(storage)), flush=True)
         del quantized
     del model

@@ -87,8 +87,8 @@ def quantizable_weights(model: nn.Module) -> frozenset[str]:
     )
 
 
-def quantize(linear: nn.Linear, storage_dtype: torch.dtype) -> None:
-    """Quantize one layer's weight in place, on the device it is on.
+def quantized_weight(weight: torch.Tensor, storage_dtype: torch.dtype) -> torch.Tensor:
+    """A layer's weight [out, in] quantized, on the device it is on.
 
     Raises:
         UnsupportedError: torchao can't do that on this device.
@@ -96,12 +96,15 @@ def quantize(linear: nn.Linear, storage_dtype: torch.dtype) -> None:
     from torchao.quantization import quantize_
 
     choice = "int8" if storage_dtype == torch.int8 else "fp8_e4m3fn"
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     try:
         quantize_(linear, _quantizer(choice))
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise UnsupportedError(f"weight_dtype {choice} does not work on {linear.weight.device} ({error}). Choose bf16 or int8.") from error
+        raise UnsupportedError(f"weight_dtype {choice} does not work on {weight.device} ({error}). Choose bf16 or int8.") from error
+    return linear.weight.data
 
 
 def _quantizer(choice: str):

@@ -116,13 +116,14 @@ class PeakMemory(TorchDispatchMode):
 
 def block_peak_tensors(monkeypatch, *, lean: bool, tokens: int = 32760) -> float:
     """Peak of one 14B block at 480x832x81 besides weights, input included, in tensors of the hidden state's size."""
-    for module in ("diffusers.models.transformers.transformer_wan", lean_block.__name__):
-        # Fused attention keeps nothing but its result; the meta device would show the unfused one.
-        monkeypatch.setattr(f"{module}.dispatch_attention_fn", lambda query, *_, **__: torch.empty_like(query))
+    # Fused attention keeps nothing but its result; the meta device would show the unfused one.
+    fused = lambda query, *_, **__: torch.empty_like(query)  # noqa: E731
+    monkeypatch.setattr("diffusers.models.transformers.transformer_wan.dispatch_attention_fn", fused)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
     # The meta device takes these apart into steps; on a GPU each is one kernel.
     monkeypatch.setattr(torch.nn.functional, "gelu", lambda x, **_: torch.empty_like(x))
     monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, *_, **__: torch.empty_like(x))
-    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: torch.empty_like(x))
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda x, *_, **__: torch.empty_like(x))
     with torch.device("meta"):
         model = WanTransformer3DModel(in_channels=36, out_channels=16, num_layers=1).to(torch.bfloat16).eval()
         for name, parameter in model.named_parameters():

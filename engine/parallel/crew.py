@@ -1,0 +1,126 @@
+"""The workers of a plan, the links between them, and the memory that both experts' forwards share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import probe
+from .fetching import BUFFERS, Slot
+from .links import Link, make_link
+from .workers import Worker
+
+# Keys and values travel and are used head group by head group: attention of the first group begins while the others arrive. Over a
+# fast link a small first group is enough to hide the way; over a slow one more groups hide more of it.
+FIRST_GROUP_SHARE = 5
+SLOW_LINK_GROUPS = 5
+
+
+def head_groups(heads: int, *, slow_links: bool) -> list[int]:
+    """Heads per group, in order; their sum is ``heads``."""
+    if slow_links:
+        count = min(SLOW_LINK_GROUPS, heads)
+        return [heads * (i + 1) // count - heads * i // count for i in range(count)]
+    first = max(1, heads // FIRST_GROUP_SHARE)
+    return [first, heads - first] if heads > first else [heads]
+
+
+@dataclass
+class Exchange:
+    """One worker's copy of everybody's keys and values, a tensor [B, L, heads of the group, head width] per group of heads."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+@dataclass
+class Share:
+    """A worker and how it is to be loaded.
+
+    Attributes:
+        worker: who.
+        speed: in any unit, relative to the others'.
+        most: the largest fraction of the tokens its memory was planned for.
+        range_tokens: how many tokens it works on at a time; 0 = as the memory plan has it.
+    """
+
+    worker: Worker
+    speed: float
+    most: float = 1.0
+    range_tokens: int = 0
+
+
+@dataclass
+class Crew:
+    """Who computes, and with what.
+
+    Attributes:
+        shares: one per worker, the main worker among them.
+        main: the worker that holds what comes before and after the blocks.
+        staged: whether copies between GPUs go through system memory; ``None`` = where they must.
+        ceilings: torch device -> the most the allocator should hold there.
+    """
+
+    shares: list[Share]
+    main: Worker
+    staged: bool | None = None
+    ceilings: Mapping[torch.device, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._links: dict[tuple[object, ...], Link] = {}
+        self._exchanges: dict[int, Exchange] = {}
+        self._exchange_key: tuple[object, ...] = ()
+        self._slots: dict[int, list[Slot]] = {}
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [share.worker for share in self.shares]
+
+    def slow_links(self) -> bool:
+        """Whether what the workers exchange goes through system memory."""
+        gpus = {w.device for w in self.workers if probe.is_cuda(str(w.device))}
+        if self.staged is not None:
+            return self.staged
+        return any(a != b and not torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus)
+
+    def link(self, purpose: str, source: torch.device, reader: Worker, writer: Worker | None = None) -> Link:
+        """The link over which a worker reads; one per purpose, so that weights don't wait for keys and values."""
+        key = (purpose, source, id(reader), id(writer))
+        if key not in self._links:
+            self._links[key] = make_link(source, reader.device, staged=self.staged)
+        return self._links[key]
+
+    def exchanges(self, batch: int, tokens: int, heads: Sequence[int], head_width: int, dtype: torch.dtype) -> list[Exchange]:
+        """Every worker's keys and values for a size; made anew when the size changes."""
+        key = (batch, tokens, tuple(heads), head_width, dtype, tuple(id(w) for w in self.workers))
+        if key != self._exchange_key:
+            self._exchanges.clear()
+            self._exchange_key = key
+        for number, worker in enumerate(self.workers):
+            if number not in self._exchanges:
+                with worker.computing():
+                    rooms = [
+                        [torch.empty(batch, tokens, count, head_width, dtype=dtype, device=worker.device) for count in heads] for _ in range(2)
+                    ]
+                self._exchanges[number] = Exchange(*rooms)
+        return [self._exchanges[number] for number in range(len(self.workers))]
+
+    def slots(self, worker: Worker, size_bytes: int) -> list[Slot]:
+        """A worker's buffers for fetched blocks."""
+        number = self.workers.index(worker)
+        slots = self._slots.get(number, [])
+        if any(slot.flat.numel() < size_bytes for slot in slots) or not slots:
+            with worker.computing():
+                slots = [Slot(torch.empty(size_bytes, dtype=torch.uint8, device=worker.device)) for _ in range(BUFFERS)]
+            self._slots[number] = slots
+        return slots
+
+    def settle(self) -> None:
+        """Wait until no device works for this crew any more."""
+        for device in {str(worker.device) for worker in self.workers}:
+            probe.synchronize(device)
+
+    def give_back_exchanges(self) -> None:
+        """Give back what keys and values stood in; it is made again at the next forward. Nothing may be under way."""
+        self._exchanges.clear()
+        self._exchange_key = ()

@@ -1,0 +1,107 @@
+"""A block's weights on the worker that is about to compute it, brought there one block ahead.
+
+Each worker has two buffers of a block's size. While it computes from one, the next block that does not live there is on its way into
+the other.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..weights.packing import Layout
+from .links import Link
+from .workers import Mark, Worker
+
+BUFFERS = 2
+
+
+@dataclass
+class Slot:
+    """A buffer for one block's weights, and the point at which its last reader is done with it."""
+
+    flat: torch.Tensor
+    free: Mark = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a block lives when it is not on the worker: in one piece, or (mapped from its file) as single tensors."""
+
+    flat: torch.Tensor | None
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return self.flat.device if self.flat is not None else next(iter(self.tensors.values())).device
+
+
+class Fetcher:
+    """Hands one worker the weights of one expert's blocks, in the order of the blocks.
+
+    Args:
+        worker: who computes.
+        local: block number -> weights that live on the worker's device.
+        remote: block number -> where the others live.
+        layout: of a block in a buffer.
+        slots: the buffers; shared with the other expert's fetcher, never at the same time.
+        link_from: the link from a device to this worker.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        local: Mapping[int, Mapping[str, torch.Tensor]],
+        remote: Mapping[int, Source],
+        layout: Layout,
+        slots: list[Slot],
+        link_from: Callable[[torch.device], Link],
+    ):
+        self._worker, self._local, self._remote, self._layout, self._slots = worker, local, remote, layout, slots
+        self._links = {source.device: link_from(source.device) for source in remote.values()}
+        self._bound = [layout.bind(slot.flat[: layout.total_bytes]) for slot in slots]
+        self._order = sorted(remote)
+        self._started = 0
+        self._arriving: dict[int, tuple[int, Mark]] = {}
+        self._in_use: dict[int, int] = {}
+
+    def begin(self) -> None:
+        """Start a forward: the first blocks set out."""
+        self._started = 0
+        self._arriving.clear()
+        self._in_use.clear()
+        for number in range(min(len(self._slots), len(self._order))):
+            self._start(number)
+
+    def _start(self, slot_number: int) -> None:
+        if self._started == len(self._order):
+            return
+        block = self._order[self._started]
+        self._started += 1
+        slot, source = self._slots[slot_number], self._remote[block]
+        link = self._links[source.device]
+        if source.flat is not None:
+            arrived = link.copy(slot.flat[: self._layout.total_bytes], source.flat, [slot.free])
+        else:
+            # Not page-locked, so each copy waits for itself; the weights of a block that system memory had no room for.
+            self._worker.wait(slot.free)
+            with self._worker.computing():
+                self._layout.fill(slot.flat[: self._layout.total_bytes], source.tensors)
+            arrived = self._worker.mark()
+        self._arriving[block] = (slot_number, arrived)
+
+    def weights(self, block: int) -> Mapping[str, torch.Tensor]:
+        """The block's weights; the worker's later work waits until they are there."""
+        if block in self._local:
+            return self._local[block]
+        slot_number, arrived = self._arriving.pop(block)
+        self._worker.wait(arrived)
+        self._in_use[block] = slot_number
+        return self._bound[slot_number]
+
+    def done(self, block: int) -> None:
+        """All work with a block's weights is queued: its buffer may be filled with the next block after that."""
+        slot_number = self._in_use.pop(block, None)
+        if slot_number is not None:
+            self._slots[slot_number].free = self._worker.mark()
+            self._start(slot_number)

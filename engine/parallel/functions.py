@@ -1,0 +1,103 @@
+"""A block's halves as the workers call them: plain, or compiled where that pays.
+
+Compiling fuses what stands between the matrix products, a seventh of a forward's time on an H200. It costs some seconds per device
+once, and needs Triton (and a C compiler); where it fails, the plain functions go on and a note says why.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ..transformer.wan_block import BlockMath
+
+logger = logging.getLogger(__name__)
+
+# What compiling takes per device, and what of a forward's time it is expected to save (benchmarks/parallel.py).
+COMPILE_SECONDS = 10.0
+SAVED_SHARE = 0.12
+
+
+def can_compile() -> bool:
+    """Whether torch can compile for these GPUs here: Triton is there and they are new enough for it."""
+    try:
+        from torch.utils._triton import has_triton
+    except ImportError:
+        return False
+    return torch.cuda.is_available() and bool(has_triton())
+
+
+def pays_off(seconds_per_forward: float, forwards: int, devices: int) -> bool:
+    """Whether compiling is expected to save more time than it takes.
+
+    Args:
+        seconds_per_forward: without it.
+        forwards: that are still to come.
+        devices: to compile for.
+    """
+    return seconds_per_forward * forwards * SAVED_SHARE > COMPILE_SECONDS * devices
+
+
+class BlockFunctions:
+    """The halves of one kind of block. One compiled version serves all blocks and all sizes.
+
+    Args:
+        math: the arithmetic.
+    """
+
+    def __init__(self, math: BlockMath):
+        self.math = math
+        self.compiled = False
+        self.failure: str | None = None
+        self._project: Callable[..., Any] = math.project
+        self._project_into: Callable[..., Any] = math.project_into
+        self._finish: Callable[..., Any] = math.finish
+
+    def compile(self) -> None:
+        """Use compiled halves from the next call on; the work is done at the first call on each device."""
+        # One graph each, or an error that says what is in the way.
+        self._project, self._project_into, self._finish = (
+            torch.compile(function, fullgraph=True) for function in (self.math.project, self.math.project_into, self.math.finish)
+        )
+        self.compiled = True
+
+    def give_up(self, reason: str) -> None:
+        """Go on with plain functions, for good."""
+        logger.warning("Compiling the blocks failed, going on without: %s", reason)
+        self._project, self._project_into, self._finish = self.math.project, self.math.project_into, self.math.finish
+        self.compiled, self.failure = False, reason
+
+    def project(self, weights: Any, x: torch.Tensor, temb: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        """As :meth:`BlockMath.project`."""
+        self._any_length(x, cos, sin, temb if temb.ndim == 4 else None)
+        return self._project(weights, x, temb, cos, sin)
+
+    def project_into(
+        self,
+        weights: Any,
+        x: torch.Tensor,
+        temb: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: tuple[torch.Tensor, ...],
+        values: tuple[torch.Tensor, ...],
+    ) -> Any:
+        """As :meth:`BlockMath.project_into`."""
+        self._any_length(x, cos, sin, temb if temb.ndim == 4 else None, *keys, *values)
+        return self._project_into(weights, x, temb, cos, sin, keys, values)
+
+    def finish(self, weights: Any, x: torch.Tensor, attended: torch.Tensor, temb: torch.Tensor, keys: Any) -> torch.Tensor:
+        """As :meth:`BlockMath.finish`."""
+        self._any_length(x, attended, temb if temb.ndim == 4 else None)
+        return self._finish(weights, x, attended, temb, keys)
+
+    def _any_length(self, *tensors: torch.Tensor | None) -> None:
+        """Tell the compiler that the number of tokens varies. Only that: told to guess, it makes the norms' epsilon variable too."""
+        if self.compiled:
+            _mark_tokens(tensor for tensor in tensors if tensor is not None)
+
+
+def _mark_tokens(tensors: Iterable[torch.Tensor]) -> None:
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)

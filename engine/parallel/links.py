@@ -1,0 +1,101 @@
+"""Copies from one device to another that run beside the computing, in streams of their own.
+
+A copy between two GPUs that torch queues runs on the source's current stream and waits for the current streams of both. So each pair
+of devices has a stream on either side that nothing else uses: readers of one source don't wait for each other, nor for what it
+computes.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from .. import probe
+from ..weights.host_memory import host_buffer
+from .workers import Mark, mark, new_stream, wait
+
+CHUNK_BYTES = 16 * 1024**2
+CHUNKS = 3
+
+
+class Link(Protocol):
+    """Copies from one device to another, in the order they are asked for."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Iterable[Mark]) -> Mark:
+        """Queue a copy of a contiguous tensor.
+
+        Args:
+            target: contiguous, same shape and dtype, on the link's target device. The caller keeps it, and the source, until
+                what waits for the returned mark has been queued.
+            after: the copy starts after these.
+
+        Returns:
+            The point at which the target is filled and the source no longer needed.
+        """
+        ...
+
+
+def make_link(source: torch.device, target: torch.device, *, staged: bool | None = None) -> Link:
+    """The way from one device to another.
+
+    Args:
+        source, target: devices; the host is the CPU device.
+        staged: through page-locked system memory; by default where two GPUs can't reach each other's memory.
+    """
+    both_gpus = probe.is_cuda(str(source)) and probe.is_cuda(str(target))
+    if staged is None:
+        staged = both_gpus and source != target and not torch.cuda.can_device_access_peer(source, target)
+    return StagedLink(source, target) if staged and both_gpus else DirectLink(source, target)
+
+
+class DirectLink:
+    """One copy: within a device, between the host and a GPU, or between GPUs that reach each other's memory."""
+
+    def __init__(self, source: torch.device, target: torch.device):
+        self._source = new_stream(source)
+        self._target = new_stream(target)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Iterable[Mark]) -> Mark:
+        stream = self._target if self._target is not None else self._source
+        if stream is None:
+            target.copy_(source)
+            return None
+        wait(stream, after)
+        # Both sides' current streams are made ours, the target's last; torch makes the copy wait for both of them.
+        with torch.cuda.stream(self._source), torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+        return mark(stream)
+
+
+class StagedLink:
+    """Through a ring of page-locked buffers, a chunk on its way in while the one before it is on its way out.
+
+    For GPUs that can't reach each other's memory, as no two GeForce cards can. The driver would stage such a copy too, at about half
+    the speed.
+    """
+
+    def __init__(self, source: torch.device, target: torch.device):
+        self._source = new_stream(source)
+        self._target = new_stream(target)
+        self._ring = [host_buffer(CHUNK_BYTES) for _ in range(CHUNKS)]
+        self._emptied: list[Mark] = [None] * CHUNKS
+        self._next = 0
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Iterable[Mark]) -> Mark:
+        after = tuple(after)
+        wait(self._source, after)
+        wait(self._target, after)
+        into, out_of = target.view(-1).view(torch.uint8), source.view(-1).view(torch.uint8)
+        for begin in range(0, out_of.numel(), CHUNK_BYTES):
+            end = min(begin + CHUNK_BYTES, out_of.numel())
+            slot = self._next
+            self._next = (slot + 1) % CHUNKS
+            chunk = self._ring[slot][: end - begin]
+            wait(self._source, [self._emptied[slot]])
+            with torch.cuda.stream(self._source):
+                chunk.copy_(out_of[begin:end], non_blocking=True)
+            wait(self._target, [mark(self._source)])
+            with torch.cuda.stream(self._target):
+                into[begin:end].copy_(chunk, non_blocking=True)
+            self._emptied[slot] = mark(self._target)
+        return mark(self._target)

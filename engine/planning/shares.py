@@ -1,0 +1,80 @@
+"""How many tokens each device computes. Pure."""
+
+from collections.abc import Mapping, Sequence
+
+# Shares that would save less than this stay as they are: every change of sizes costs the allocator and the kernels something.
+WORTHWHILE_GAIN = 0.02
+
+
+def share_tokens(tokens: int, weights: Sequence[float], most: Sequence[float] | None = None) -> list[int]:
+    """Share tokens out in proportion to speeds.
+
+    Args:
+        tokens: L, above 0.
+        weights: one per device, 0 or more, in any unit of speed; not all 0.
+        most: the largest fraction each device may take (its memory's limit); their sum is 1 or more. Default: all of it.
+
+    Returns:
+        Tokens per device, in the same order; their sum is ``tokens``.
+
+    Raises:
+        ValueError: no speed is above 0, or the limits leave tokens over.
+    """
+    limits = [1.0] * len(weights) if most is None else list(most)
+    if not any(weight > 0 for weight in weights) or min(weights) < 0:
+        raise ValueError(f"speeds are {list(weights)}; at least one must be above 0, and none below")
+    if sum(limits) < 1 - 1e-9:
+        raise ValueError(f"the largest shares {limits} leave tokens over")
+    fractions = _within([weight / sum(weights) for weight in weights], limits)
+    # Ends of the ranges are rounded, so that the sum is exact and no device is off by more than one.
+    ends = [round(tokens * sum(fractions[: i + 1])) for i in range(len(fractions))]
+    ends[-1] = tokens
+    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _within(fractions: list[float], limits: list[float]) -> list[float]:
+    """Fractions cut to their limits, what is cut off going to the others in proportion."""
+    free = set(range(len(fractions)))
+    result = list(fractions)
+    while True:
+        over = [i for i in free if result[i] > limits[i] + 1e-12]
+        if not over:
+            return result
+        for i in over:
+            result[i] = limits[i]
+            free.discard(i)
+        left = 1 - sum(result[i] for i in range(len(result)) if i not in free)
+        total = sum(fractions[i] for i in free)
+        for i in free:
+            result[i] = left * (fractions[i] / total if total > 0 else 1 / len(free))
+
+
+def better_speeds(shares: Sequence[int], seconds: Sequence[float], most: Sequence[float] | None = None) -> list[float] | None:
+    """Speeds to share out by from now on, if that is worth it.
+
+    Args:
+        shares: tokens each device computed.
+        seconds: how long each was busy with them, waiting left out.
+        most: as for :func:`share_tokens`.
+
+    Returns:
+        Tokens per second of each device, or ``None`` where the devices already finish together.
+    """
+    if len(shares) < 2 or min(seconds) <= 0 or min(shares) <= 0:
+        return None
+    speeds = [tokens / second for tokens, second in zip(shares, seconds, strict=True)]
+    new = share_tokens(sum(shares), speeds, most)
+    expected = max(tokens / speed for tokens, speed in zip(new, speeds, strict=True))
+    return speeds if expected < (1 - WORTHWHILE_GAIN) * max(seconds) else None
+
+
+def token_ranges(shares: Sequence[int]) -> list[slice]:
+    """The shares as ranges of tokens, one behind the other."""
+    ends = [sum(shares[: i + 1]) for i in range(len(shares))]
+    return [slice(end - share, end) for share, end in zip(shares, ends, strict=True)]
+
+
+def proportions(numbers: Mapping[int, float]) -> dict[int, float]:
+    """Numbers as fractions of their sum."""
+    total = sum(numbers.values())
+    return {key: value / total for key, value in numbers.items()}
