@@ -3,10 +3,10 @@
 from typing import Any
 
 from .handle import ModelHandle
+from .owner import ModelOwner
 from .pipeline.callbacks import Callbacks
 from .pipeline.image_to_video import ImageToVideo, VideoResult
 from .pipeline.request import ImageToVideoRequest, as_picture
-from .weights.owner import ModelOwner
 
 OWNER = ModelOwner()
 IMAGE_TO_VIDEO = ImageToVideo(OWNER)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .checkpoints.diffusers_folder import DiffusersFolder, open_diffusers_folder
 from .checkpoints.hub import OnProgress, download_model, is_hub_id
-from .errors import InvalidRequestError, UnsupportedError
+from .errors import InvalidRequestError
 from .planning.placement import DEVICE_MAPS, OFFLOADS
 from .weights.precision import WEIGHT_DTYPES
 
@@ -21,14 +21,13 @@ class ModelHandle:
         folder: the checked model.
         weight_dtype: one of ``WEIGHT_DTYPES``.
         device_map: "auto" or "balanced".
-        execution: "auto" or "sequential".
+        execution: "parallel" (all devices compute every block), "sequential" (each the blocks that live there), or "auto".
         offload: "auto", "cpu" or "none".
         max_memory_gib: visible GPU index -> GiB; 0 or missing = automatic, -1 = leave out.
         node_id: the loader node that shows the placement, if any; no part of the identity.
 
     Raises:
         InvalidRequestError: an unknown choice.
-        UnsupportedError: a choice this version does not have yet.
     """
 
     folder: DiffusersFolder
@@ -44,10 +43,6 @@ class ModelHandle:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
-        if self.execution == "parallel":
-            raise UnsupportedError(
-                "execution 'parallel' (all GPUs on every block) is not in this version yet. Choose 'auto' or 'sequential'."
-            )
 
 
 def open_model(

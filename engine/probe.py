@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,10 +56,53 @@ def probe_machine() -> Machine:
 
 
 def _device(index: int, gpu: VisibleGpu) -> DeviceInfo:
+    speed, link = measured_speeds(gpu.torch_index)
     free, _ = torch.cuda.mem_get_info(gpu.torch_index)
     unused = torch.cuda.memory_reserved(gpu.torch_index) - torch.cuda.memory_allocated(gpu.torch_index)
     capability = torch.cuda.get_device_capability(gpu.torch_index)
-    return DeviceInfo(index, gpu.name, f"cuda:{gpu.torch_index}", gpu.total_bytes, int(free + unused), capability)
+    torch_device = f"cuda:{gpu.torch_index}"
+    return DeviceInfo(index, gpu.name, torch_device, gpu.total_bytes, int(free + unused), capability, True, speed, link)
+
+
+@lru_cache(maxsize=64)
+def measured_speeds(torch_index: int) -> tuple[float | None, float | None]:
+    """TFLOP/s of a GPU at a half-precision matrix product, and bytes per second from page-locked memory; measured once, in a moment.
+
+    ``None`` for both where there was no memory for it.
+    """
+    try:
+        return _measure_speeds(torch.device("cuda", torch_index))
+    except (RuntimeError, AssertionError):  # out of memory, or a torch without CUDA
+        return None, None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def _measure_speeds(device: torch.device) -> tuple[float, float]:
+    tokens, width = 4096, 4096
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    with torch.inference_mode():
+        a = torch.randn(tokens, width, device=device, dtype=dtype)
+        b = torch.randn(width, width, device=device, dtype=dtype)
+        multiplying = _best_seconds(device, lambda: torch.mm(a, b))
+        memory = torch.empty(64 * 1024**2, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty_like(memory, device=device)
+        copying = _best_seconds(device, lambda: there.copy_(memory, non_blocking=True))
+    return 2 * tokens * width * width / multiplying / 1e12, memory.numel() / copying
+
+
+def _best_seconds(device: torch.device, action: Callable[[], object]) -> float:
+    """The shortest of a few runs, by the device's own clock, after a warm-up."""
+    seconds = []
+    with torch.cuda.device(device):
+        for _ in range(8):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            action()
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+    return min(seconds[2:])
 
 
 def is_cuda(torch_device: str) -> bool:

@@ -100,7 +100,8 @@ class Crew:
             if number not in self._exchanges:
                 with worker.computing():
                     rooms = [
-                        [torch.empty(batch, tokens, count, head_width, dtype=dtype, device=worker.device) for count in heads] for _ in range(2)
+                        [torch.empty(batch, tokens, count, head_width, dtype=dtype, device=worker.device) for count in heads]
+                        for _ in range(2)
                     ]
                 self._exchanges[number] = Exchange(*rooms)
         return [self._exchanges[number] for number in range(len(self.workers))]
@@ -111,7 +112,8 @@ class Crew:
         slots = self._slots.get(number, [])
         if any(slot.flat.numel() < size_bytes for slot in slots) or not slots:
             with worker.computing():
-                slots = [Slot(torch.empty(size_bytes, dtype=torch.uint8, device=worker.device)) for _ in range(BUFFERS)]
+                rooms = [torch.empty(size_bytes, dtype=torch.uint8, device=worker.device) for _ in range(BUFFERS)]
+            slots = [Slot(room, worker.mark()) for room in rooms]
             self._slots[number] = slots
         return slots
 
@@ -120,7 +122,8 @@ class Crew:
         for device in {str(worker.device) for worker in self.workers}:
             probe.synchronize(device)
 
-    def give_back_exchanges(self) -> None:
-        """Give back what keys and values stood in; it is made again at the next forward. Nothing may be under way."""
+    def give_back_buffers(self) -> None:
+        """Give back what keys, values and fetched blocks stood in. Nothing may be under way, and no forward of this crew be called again."""
         self._exchanges.clear()
         self._exchange_key = ()
+        self._slots.clear()

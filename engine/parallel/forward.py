@@ -75,7 +75,6 @@ class _State:
     def count(self) -> int:
         return self.tokens.stop - self.tokens.start
 
-
     def forget_tensors(self) -> None:
         """Keep what was timed only."""
         del self.x, self.inputs, self.fetcher
@@ -118,6 +117,7 @@ class ParallelForward:
         self._block_count = len(blocks)
         self._fetchers = [self._fetcher(worker) for worker in crew.workers]
         self.timings: list[Timing] = []
+        self._timed: list[Worker] = []
         self._last: list[_State] = []
 
     def _fetcher(self, worker: Worker) -> Fetcher:
@@ -133,6 +133,11 @@ class ParallelForward:
         layout = expert.block_layout("blocks.0")
         slots = crew.slots(worker, layout.total_bytes) if remote else []
         return Fetcher(worker, local, remote, layout, slots, lambda source: crew.link("weights", source, worker))
+
+    def latest_timings(self) -> dict[int, Timing]:
+        """Device index -> what was timed of it in the latest forward."""
+        self._learn_from_last()
+        return dict(zip((worker.index for worker in self._timed), self.timings, strict=True))
 
     # ---- the call
 
@@ -152,27 +157,23 @@ class ParallelForward:
         """
         asked_from = hidden_states.device
         try:
+            self._crew.main.take_over()
             with torch.no_grad():
                 output = self._forward(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image)
         except BaseException:
             self._crew.settle()
             raise
+        self._crew.main.hand_over(output)
         output = output.to(asked_from)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    def _forward(
-        self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
         main = self._crew.main
         self._learn_from_last()
-        with main.computing():
-            latents, timestep, text = (tensor.to(main.device) for tensor in (latents, timestep, text))
-            image = None if image is None else image.to(main.device)
-            tokens, shared, rotary = self._embed(latents, timestep, text, image)
+        given = [None if tensor is None else tensor.to(main.device) for tensor in (latents, timestep, text, image)]
         if not any(share.worker.is_timed for share in self._crew.shares):
-            self._calibrate(tokens, shared, rotary)
-        states = self._distribute(tokens, shared, rotary)
-        del tokens, rotary, shared
+            self._calibrate(given)
+        states = self._distribute(given)
         self._run_blocks(states, range(self._block_count), timed=range(1, self._block_count, TIMED_EVERY))
         out = self._gather(states)
         self._last = states
@@ -182,7 +183,7 @@ class ParallelForward:
 
     # ---- before the blocks
 
-    def _embed(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None) -> Any:
+    def _embed(self, latents: Any, timestep: Any, text: Any, image: Any) -> Any:
         """All tokens [B, L, D], what every worker needs whole, and the rotary tables; on the main worker."""
         model: Any = self._expert.model
         cos, sin = rotary_tables(*model.rope(latents))
@@ -198,9 +199,15 @@ class ParallelForward:
             out = model.scale_shift_table + temb.unsqueeze(1)  # [B, 2, D]
         return tokens, (projected, text, out, model.proj_out.weight.data, model.proj_out.bias.data), (cos, sin)
 
-    def _distribute(self, tokens: torch.Tensor, shared: Any, rotary: Any) -> list[_State]:
-        """Every worker's tokens and inputs to its device."""
+    def _distribute(self, given: list[torch.Tensor | None]) -> list[_State]:
+        """Every worker's tokens and inputs to its device.
+
+        Args:
+            given: latents, timestep, text and image embeddings on the main worker's device.
+        """
         crew = self._crew
+        with crew.main.computing():
+            tokens, shared, rotary = self._embed(*given)
         counts = share_tokens(tokens.shape[1], [s.speed for s in crew.shares], [s.most for s in crew.shares])
         states: list[_State] = []
         kept: list[torch.Tensor] = []
@@ -312,9 +319,7 @@ class ParallelForward:
                 query = _placed(query, functions.project_into(*given, *into), span, state.count)
             else:
                 q, k, v = functions.project(*given)
-                query, keys, values = (
-                    _placed(whole, piece, span, state.count) for whole, piece in ((query, q), (keys, k), (values, v))
-                )
+                query, keys, values = (_placed(whole, piece, span, state.count) for whole, piece in ((query, q), (keys, k), (values, v)))
         state.query = query
         if keys is not None and values is not None:
             state.exchange = Exchange([keys], [values])
@@ -426,9 +431,9 @@ class ParallelForward:
 
     # ---- sharing out
 
-    def _calibrate(self, tokens: torch.Tensor, shared: Any, rotary: Any) -> None:
+    def _calibrate(self, given: list[torch.Tensor | None]) -> None:
         """Time the first blocks, share the tokens out by that, and compile if that pays."""
-        seconds = self._time_blocks(tokens, shared, rotary)
+        seconds = self._time_blocks(given)
         functions = self._functions
         wanted = not functions.compiled and functions.failure is None and can_compile()
         devices = len({worker.device for worker in self._crew.workers})
@@ -437,18 +442,19 @@ class ParallelForward:
             functions.compile()
         if functions.compiled:
             try:
-                self._time_blocks(tokens, shared, rotary)
+                self._time_blocks(given)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # compilers raise many kinds; the plain functions are what is certain
                 self._crew.settle()
-                functions.give_up(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}")
-                self._time_blocks(tokens, shared, rotary)
+                words = str(error).strip() or "no reason given"
+                functions.give_up(f"{type(error).__name__}: {words.splitlines()[0]}")
+                self._time_blocks(given)
 
-    def _time_blocks(self, tokens: torch.Tensor, shared: Any, rotary: Any) -> float:
+    def _time_blocks(self, given: list[torch.Tensor | None]) -> float:
         """Compute the first blocks for nothing but their times; returns the seconds the slowest worker is busy with one."""
         blocks = range(min(CALIBRATION_BLOCKS, self._block_count))
-        states = self._distribute(tokens, shared, rotary)
+        states = self._distribute(given)
         self._run_blocks(states, blocks, timed=blocks[-1:])
         self._crew.settle()
         self._learn(states)
@@ -463,6 +469,7 @@ class ParallelForward:
     def _learn(self, states: list[_State]) -> None:
         """Correct the speeds from what was timed; the next forward shares out by them."""
         self.timings = [Timing(state.count, _busy_seconds(state.moments)) for state in states]
+        self._timed = [state.worker for state in states]
         for state in states:
             state.worker.is_timed = True
             state.moments.clear()

@@ -72,10 +72,24 @@ class Worker:
             with torch.cuda.stream(stream):
                 yield
 
+    def take_over(self) -> None:
+        """Work on tensors that the caller's stream makes, from here on."""
+        if self._stream is not None:
+            self.wait(mark(torch.cuda.current_stream(self.device)))
+
+    def hand_over(self, tensor: torch.Tensor) -> None:
+        """Let the caller's stream use a tensor that this worker has made."""
+        if self._stream is not None:
+            theirs = torch.cuda.current_stream(self.device)
+            wait(theirs, [self.mark()])
+            tensor.record_stream(theirs)
+
     def mark(self) -> Mark:
+        """The point that this worker's work has been queued to."""
         return mark(self.stream)
 
     def wait(self, *marks: Mark) -> None:
+        """Work queued from here on starts after these points."""
         wait(self.stream, marks)
 
     def now(self) -> "Moment":

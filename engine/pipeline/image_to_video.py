@@ -5,7 +5,7 @@ Each stage asks the loaded model for room on its device and gives it back, so th
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,11 @@ from .. import probe
 from ..checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE
 from ..errors import InvalidRequestError
 from ..handle import ModelHandle
+from ..owner import LoadedModel, ModelOwner
+from ..parallel.forward import Timing
 from ..planning.devices import Machine
-from ..planning.report import placement_report
-from ..weights.owner import LoadedModel, ModelOwner, Plan
+from ..planning.report import how_lines, placement_report
+from ..plans import Plan
 from .callbacks import Callbacks, StepReport
 from .request import ImageToVideoRequest, fill_frame
 from .schedulers import boundary_after, make_scheduler
@@ -126,13 +128,14 @@ class _Run:
             self.handle.folder.path / "vae", self.loaded, self.request.shape, self.callbacks.check_cancelled, self.notes.append
         )
         latents = self._denoise(vae, prompt, negative)
+        timings = self.loaded.timings()
         latents = latents_for_decoding(latents, vae.config).cpu()
         self.callbacks.on_stage("Decoding the frames")
         frames = frames_from_video(vae.decode(latents))
         peaks = {b.device.index: probe.peak_bytes(b.device.torch_device) for b in self.plan.budgets}
         self.notes += self._timing_notes()
         return VideoResult(
-            frames, latents, tuple(self.notes), plan_report(self.loaded.plan or self.plan, peaks), peaks, tuple(self.step_seconds)
+            frames, latents, tuple(self.notes), plan_report(self.loaded.plan or self.plan, peaks, timings), peaks, tuple(self.step_seconds)
         )
 
     def _prompt_embeds(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -181,6 +184,7 @@ class _Run:
         pipeline.set_progress_bar_config(disable=True)
         pipeline.main_device = self.plan.main_device
         pipeline.run_guidance = (request.guidance_scale, request.low_noise_guidance_scale)
+        self.loaded.forwards_left = request.num_inference_steps * (2 if request.needs_negative else 1)
         self.callbacks.on_stage("Encoding the picture")
         return pipeline(
             image=self._frame(request.image, "image"),
@@ -201,7 +205,7 @@ class _Run:
         )[0]
 
     def _transformer(self, part: str) -> ShardedTransformer:
-        return ShardedTransformer(self.loaded, part, self.callbacks.check_cancelled, self.callbacks.on_load, self.notes.append)
+        return ShardedTransformer(self.loaded, part, self.callbacks, self.notes.append)
 
     def _frame(self, picture: torch.Tensor, name: str) -> torch.Tensor:
         request = self.request
@@ -235,10 +239,20 @@ class _Run:
         seconds = sorted(self.step_seconds)
         if not seconds:
             return []
-        return [f"{len(seconds)} steps in {sum(seconds):.1f} s, the median step {seconds[len(seconds) // 2]:.2f} s."]
+        failure = self.loaded.functions.failure
+        compiling = [f"The blocks could not be compiled, which costs some speed: {failure}"] if failure else []
+        return [*compiling, f"{len(seconds)} steps in {sum(seconds):.1f} s, the median step {seconds[len(seconds) // 2]:.2f} s."]
 
 
-def plan_report(plan: Plan, measured: dict[int, int] | None = None) -> str:
-    """A plan in words."""
+def plan_report(plan: Plan, measured: dict[int, int] | None = None, timings: Mapping[int, Timing] | None = None) -> str:
+    """A plan in words, and what was measured of it once a run is over."""
     placements = {part: (EXPERT_WORDS[part], placement) for part, placement in plan.placements.items()}
-    return placement_report(placements, precision=str(plan.precision), size=str(plan.shape), notes=plan.notes, measured=measured)
+    tokens = {index: (timing.tokens, timing.seconds * 1e3) for index, timing in (timings or {}).items()}
+    return placement_report(
+        placements,
+        precision=str(plan.precision),
+        size=str(plan.shape),
+        how=how_lines(plan.placements[HIGH_NOISE], plan.shares, plan.expected, tokens),
+        notes=plan.notes,
+        measured=measured,
+    )

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from diffusers import WanImageToVideoPipeline
 
-from ..weights.owner import LoadedModel
-
-OnLoad = Callable[[int, int, str], None]
+from ..owner import LoadedModel
+from .callbacks import Callbacks
 
 
 class ShardedTransformer:
@@ -19,9 +18,8 @@ class ShardedTransformer:
     happens inside diffusers' loop.
     """
 
-    def __init__(self, loaded: LoadedModel, part: str, check_cancelled: Callable[[], None], on_load: OnLoad, note: Callable[[str], None]):
-        self._loaded, self._part = loaded, part
-        self._check_cancelled, self._on_load, self._note = check_cancelled, on_load, note
+    def __init__(self, loaded: LoadedModel, part: str, callbacks: Callbacks, note: Callable[[str], None]):
+        self._loaded, self._part, self._callbacks, self._note = loaded, part, callbacks, note
         self.config = loaded.experts[part].model.config
         self.dtype = loaded.precision.dtype
 
@@ -36,20 +34,23 @@ class ShardedTransformer:
 
         A forward that runs out of memory is repeated with more blocks on the host: it changes nothing but its output.
         """
+        calls = self._callbacks
         while True:
             failed_on = None
-            expert = self._loaded.activate(self._part, self._check_cancelled, self._on_load)
             try:
-                return expert.model(*args, **kwargs)
+                forward = self._loaded.activate(self._part, calls.check_cancelled, calls.on_load, calls.on_stage)
+                output = forward(*args, **kwargs)
+                self._loaded.forwards_left -= 1
+                return output
             except torch.OutOfMemoryError as error:
                 failed_on = self._loaded.failed_device(str(error))
-                if not self._loaded.may_shed(failed_on.index):
+                if not self._loaded.may_shed(failed_on.index, self._part):
                     raise
             finally:
-                expert.release_fetched()
+                self._loaded.after_forward(self._part)
             # Only here, with the exception and the activations its frames hold gone, is there memory again.
-            blocks = self._loaded.shed(failed_on.index)
-            self._note(f"{failed_on.label} ran out of memory; {blocks} blocks moved to system memory and the step was repeated.")
+            moved = self._loaded.shed(failed_on.index, self._part)
+            self._note(f"{failed_on.label} ran out of memory; {moved} moved to system memory and the step was repeated.")
 
 
 class ShardedWanPipeline(WanImageToVideoPipeline):

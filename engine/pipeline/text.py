@@ -17,8 +17,8 @@ from .. import probe
 from ..checkpoints.diffusers_folder import weight_files
 from ..checkpoints.safetensors_header import ELEMENT_BITS, read_header
 from ..errors import CheckpointError
+from ..owner import LoadedModel
 from ..planning.devices import GIB
-from ..weights.owner import LoadedModel
 from .callbacks import Callbacks
 
 MAX_TOKENS = 512

@@ -15,9 +15,9 @@ from torch import nn
 
 from .. import probe
 from ..errors import CheckpointError
+from ..owner import LoadedModel
 from ..planning.footprint import VideoShape
 from ..planning.vae_stage import VaeStage, vae_stages
-from ..weights.owner import LoadedModel
 
 CheckCancelled = Callable[[], None]
 

@@ -17,6 +17,8 @@ class DeviceInfo:
         free_bytes: what is free now, counting what this process's allocator holds but does not use.
         compute_capability: CUDA (major, minor), or ``None``.
         is_gpu: whether weights have to be brought to it, and its memory is its own.
+        speed_tflops: measured at matrix products, or ``None``.
+        link_bytes_per_s: measured from system memory, or ``None``.
     """
 
     index: int
@@ -26,6 +28,8 @@ class DeviceInfo:
     free_bytes: int
     compute_capability: tuple[int, int] | None = None
     is_gpu: bool = True
+    speed_tflops: float | None = None
+    link_bytes_per_s: float | None = None
 
     @property
     def label(self) -> str:

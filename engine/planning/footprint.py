@@ -3,6 +3,7 @@
 Shapes: B batch, F latent frames, H/W latent height/width, L tokens, D width.
 """
 
+import math
 from dataclasses import dataclass
 
 from .devices import GIB
@@ -17,6 +18,11 @@ MAX_RANGES = 8
 ATTENTION_TENSORS = 5.7
 WHOLE_TENSORS = 3.2
 RANGE_TENSORS = 11.0
+# With several devices on every block, each holds everybody's keys and values, and of its own tokens the hidden state, the query and
+# attention's result (while its head groups are put together, twice), then the hidden state and the result.
+EVERYBODYS_KEYS = 2
+OWN_ATTENTION_TENSORS = 4.2
+OWN_WHOLE_TENSORS = 2.2
 # What torch's allocator holds at a peak, over what is allocated, because freed memory is in pieces of the wrong size: with
 # segments that grow, with CUDA's own pool (ComfyUI's default), and with torch's default (benchmarks/whole_run.py).
 FRAGMENTATION = 1.1
@@ -83,6 +89,37 @@ def transformer_activation_bytes(
     tokens = max(ATTENTION_TENSORS * shape.tokens, WHOLE_TENSORS * shape.tokens + RANGE_TENSORS * range_tokens(shape.tokens))
     block = tokens * shape.batch_size * width * element_bytes + widened_bytes
     return int(fragmentation * block) + RUN_OVERHEAD_BYTES
+
+
+def worker_activation_bytes(
+    shape: VideoShape,
+    width: int,
+    element_bytes: int,
+    *,
+    share: float,
+    main: bool,
+    fragmentation: float = FRAGMENTATION,
+    widened_bytes: int = 0,
+) -> int:
+    """Peak of one forward besides weights, on one of several devices that compute every block together.
+
+    Args:
+        share: the fraction of the tokens it computes.
+        main: it hands the tokens out, and holds them all before the blocks.
+        shape, width, element_bytes, fragmentation, widened_bytes: as for :func:`transformer_activation_bytes`.
+    """
+    own = share * shape.tokens
+    attention = EVERYBODYS_KEYS * shape.tokens + OWN_ATTENTION_TENSORS * own
+    rest = EVERYBODYS_KEYS * shape.tokens + OWN_WHOLE_TENSORS * own + RANGE_TENSORS * range_tokens(math.ceil(own))
+    handing_out = (EVERYBODYS_KEYS + 1) * shape.tokens + own if main else 0
+    block = max(attention, rest, handing_out) * shape.batch_size * width * element_bytes + widened_bytes
+    return int(fragmentation * block) + RUN_OVERHEAD_BYTES
+
+
+def affordable_range_tokens(own_tokens: int, spare_bytes: int, batch_size: int, width: int, element_bytes: int) -> int:
+    """How many tokens a block may work on at a time where more memory is free than was planned for: larger ranges fill a GPU better."""
+    per_token = RANGE_TENSORS * FRAGMENTATION_NATIVE * batch_size * width * element_bytes
+    return min(own_tokens, range_tokens(own_tokens) + int(max(0, spare_bytes) / per_token))
 
 
 def vae_bytes(shape: VideoShape, *, decode: bool, element_bytes: int, tiled: bool, fragmentation: float = FRAGMENTATION) -> int:

@@ -4,7 +4,7 @@ The model is looked at on the meta device: only names, sizes and dtypes count.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Placement:
         main_device: index of the device that holds what comes before the first block, and computes what lives on the host.
         budgets: the limits this was made for.
         notes: sentences for people.
+        parallel: all devices compute every block, rather than each the blocks that live there.
     """
 
     homes: Mapping[str, Home]
@@ -44,6 +45,7 @@ class Placement:
     main_device: int
     budgets: tuple[Budget, ...]
     notes: tuple[str, ...] = field(default=())
+    parallel: bool = False
 
     def weight_bytes(self, home: Home) -> int:
         return sum(self.sizes[name] for name, where in self.homes.items() if where == home)
@@ -51,7 +53,8 @@ class Placement:
     def predicted_peak_bytes(self, index: int) -> int:
         """What the allocator is expected to hold on a device at most while this expert works; 0 where it does not compute."""
         weights = self.weight_bytes(index)
-        return weights + self.reserve_bytes.get(index, 0) if weights or index == self.main_device else 0
+        computes = self.parallel or weights or index == self.main_device
+        return weights + self.reserve_bytes.get(index, 0) if computes else 0
 
     @property
     def offloaded(self) -> tuple[str, ...]:
@@ -64,10 +67,11 @@ def place_expert(
     *,
     device_map: str,
     offload: str,
-    activation_bytes: int,
+    activation_bytes: int | Mapping[int, int],
     host_bytes: int,
     dtype: torch.dtype,
     special_dtypes: Mapping[str, torch.dtype],
+    parallel: bool = False,
     remedies: bool = True,
 ) -> Placement:
     """Share an expert's modules out over the budgets.
@@ -77,9 +81,10 @@ def place_expert(
         budgets: one per device that takes part.
         device_map: "auto" (fill device after device) or "balanced" (evenly), as in accelerate.
         offload: "auto" (what does not fit waits in host memory), "cpu" (everything waits there), "none".
-        activation_bytes: what a run needs on each computing device besides weights.
+        activation_bytes: what a run needs on each computing device besides weights; one number for all, or by device index.
         host_bytes: host memory that offloaded weights may take.
         dtype: of the weights in memory; ``special_dtypes`` overrides it by parameter name.
+        parallel: all devices compute every block; each needs room for fetched blocks then.
         remedies: look for the slider that would do, should it not fit.
 
     Raises:
@@ -93,7 +98,8 @@ def place_expert(
     sizing: Any = {"dtype": dtype, "special_dtypes": dict(special_dtypes)}
     all_sizes = compute_module_sizes(model, **sizing)
     sizes = {part: int(all_sizes[part]) if _has_weights(model, part) else 0 for part in parts_of(model)}
-    wish = _Wish(sizes, device_map, offload, activation_bytes, host_bytes)
+    needs = activation_bytes if isinstance(activation_bytes, Mapping) else {b.device.index: activation_bytes for b in budgets}
+    wish = _Wish(sizes, device_map, offload, needs, host_bytes, parallel)
     if not budgets[0].device.is_gpu:
         return _all_on_cpu(wish, budgets)
     try:
@@ -111,8 +117,17 @@ class _Wish:
     sizes: Mapping[str, int]
     device_map: str
     offload: str
-    activation_bytes: int
+    activation_bytes: Mapping[int, int]
     host_bytes: int
+    parallel: bool
+
+    @property
+    def block_sizes(self) -> dict[str, int]:
+        return {part: size for part, size in self.sizes.items() if part.startswith("blocks.")}
+
+    @property
+    def most_activation_bytes(self) -> int:
+        return max(self.activation_bytes.values())
 
     @property
     def total_bytes(self) -> int:
@@ -134,10 +149,34 @@ def _fits(wish: _Wish, budgets: tuple[Budget, ...]) -> bool:
 
 
 def _place(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
+    placement = _place_parallel(wish, budgets) if wish.parallel else _place_sequential(wish, budgets)
+    _check(placement, wish)
+    return placement
+
+
+def _place_parallel(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
+    """Blocks by the asked map; what comes before and after them to the first device with room, which hands the tokens out."""
+    room = {b.device.index: b.usable_bytes - wish.activation_bytes[b.device.index] for b in budgets}
+    others = wish.total_bytes - sum(wish.block_sizes.values())
+    # One buffer is computed from while the other is filled. Several devices need them always, since each block lives on one of them.
+    fetched = 2 * max(wish.block_sizes.values())
+    # The first, not the roomiest: what is free changes a little from run to run, and weights must not wander for that.
+    main = next((i for i, size in room.items() if size >= others + fetched), max(room, key=lambda index: room[index]))
+    blocks = replace(wish, sizes=wish.block_sizes)
+    for fetch_bytes in (fetched,) if len(budgets) > 1 else (0, fetched):
+        homes, notes = _homes(blocks, {i: max(0, size - fetch_bytes - (others if i == main else 0)) for i, size in room.items()})
+        if fetch_bytes or HOST not in homes.values():
+            break
+    reserve = {index: size + fetch_bytes for index, size in wish.activation_bytes.items()}
+    every = {part: homes.get(part, main) for part in wish.sizes}
+    return Placement(every, wish.sizes, reserve, main, budgets, notes, parallel=True)
+
+
+def _place_sequential(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
     usable = {b.device.index: b.usable_bytes for b in budgets}
     fetch_bytes = dict.fromkeys(usable, 0)
     while True:
-        room = {index: max(0, usable[index] - wish.activation_bytes - fetch_bytes[index]) for index in usable}
+        room = {index: max(0, usable[index] - wish.activation_bytes[index] - fetch_bytes[index]) for index in usable}
         homes, notes = _homes(wish, room)
         main = _main_device(wish, homes, room)
         needed = wish.fetch_bytes(homes)
@@ -146,12 +185,10 @@ def _place(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
         # Whatever computes what is on the host also needs room to fetch it. Reserving that may move more to the host, or
         # make another device the main one, which then has to reserve it too.
         fetch_bytes[main] = needed
-    reserve = {index: wish.activation_bytes + (fetch_bytes[index] if index == main else 0) for index in usable}
+    reserve = {index: wish.activation_bytes[index] + (fetch_bytes[index] if index == main else 0) for index in usable}
     # Parts without weights (rotary tables, the last norm) are needed where the inputs are.
     homes = {part: home if wish.sizes[part] else main for part, home in homes.items()}
-    placement = Placement(homes, wish.sizes, reserve, main, budgets, notes)
-    _check(placement, wish)
-    return placement
+    return Placement(homes, wish.sizes, reserve, main, budgets, notes)
 
 
 def _homes(wish: _Wish, room: Mapping[int, int]) -> tuple[dict[str, Home], tuple[str, ...]]:
@@ -238,13 +275,14 @@ def _has_weights(model: torch.nn.Module, part: str) -> bool:
 def _all_on_cpu(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
     """Without a GPU there is one device and nothing to share out; weights are mapped from their files."""
     budget = budgets[0]
-    if wish.activation_bytes > budget.usable_bytes:
+    needed = wish.most_activation_bytes
+    if needed > budget.usable_bytes:
         raise PlacementError(
-            f"This video size needs {gib(wish.activation_bytes)} of system memory for activations, and {gib(budget.usable_bytes)} are free. "
+            f"This video size needs {gib(needed)} of system memory for activations, and {gib(budget.usable_bytes)} are free. "
             "Make the video smaller or shorter, or close other programs."
         )
     index = budget.device.index
-    return Placement(dict.fromkeys(wish.sizes, index), wish.sizes, {index: wish.activation_bytes}, index, budgets)
+    return Placement(dict.fromkeys(wish.sizes, index), wish.sizes, {index: needed}, index, budgets, parallel=wish.parallel)
 
 
 def _check(placement: Placement, wish: _Wish) -> None:
@@ -257,7 +295,7 @@ def _check(placement: Placement, wish: _Wish) -> None:
         )
     if on_host and wish.offload == "none":
         raise PlacementError(
-            f"{gib(on_host)} of the expert's {gib(wish.total_bytes)} do not fit on the GPUs ({limits}; {gib(wish.activation_bytes)} of each "
+            f"{gib(on_host)} of the expert's {gib(wish.total_bytes)} do not fit on the GPUs ({limits}; {gib(wish.most_activation_bytes)} of each "
             "are needed for activations), and offload is 'none'. Set offload to 'auto', or choose a smaller weight_dtype."
         )
     for budget in placement.budgets:

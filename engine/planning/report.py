@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from .budgets import Budget
 from .devices import gib
+from .forecast import Forecast
 from .placement import HOST, Placement
 
 
@@ -25,6 +26,7 @@ def placement_report(
     *,
     precision: str,
     size: str,
+    how: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
     measured: Mapping[int, int] | None = None,
 ) -> str:
@@ -34,10 +36,11 @@ def placement_report(
         placements: key -> (what the expert is called, its placement).
         precision: in words.
         size: the run's size in words.
+        how: who computes, and what is expected or measured of it.
         notes: sentences, shown last.
         measured: device index -> measured peak bytes, once a run is over.
     """
-    lines = [f"{precision}, planned for {size}; one expert works at a time, the other waits."]
+    lines = [f"{precision}, planned for {size}; one expert works at a time, the other waits.", *how]
     first = next(iter(placements.values()))[1]
     for word, placement in placements.values():
         lines.append(f"{word}:")
@@ -66,3 +69,32 @@ def _device_line(budget: Budget, placements: list[Placement], measured: Mapping[
     if measured and index in measured and budget.device.is_gpu:
         words += f", measured {gib(measured[index])}"
     return words
+
+
+def how_lines(
+    placement: Placement, shares: Mapping[int, float], expected: Forecast | None, tokens: Mapping[int, tuple[int, float]] | None = None
+) -> tuple[str, ...]:
+    """Who computes: the shares of the tokens, what is expected of a forward, and what was measured.
+
+    Args:
+        placement: of one of the experts.
+        shares: device index -> the planned fraction of the tokens.
+        expected: of one forward.
+        tokens: device index -> tokens of the latest forward, and milliseconds a block.
+    """
+    names = {budget.device.index: budget.device.label for budget in placement.budgets}
+    lines = []
+    if placement.parallel and len(names) > 1:
+        planned = ", ".join(f"{names[index]} {share:.0%}" for index, share in shares.items())
+        lines.append(f"All GPUs compute every block, each its share of the tokens; planned: {planned}.")
+    elif len(names) > 1:
+        lines.append("One GPU computes at a time, block after block.")
+    if tokens and len(tokens) > 1:
+        total = sum(count for count, _ in tokens.values())
+        found = ", ".join(f"{names[index]} {count / total:.0%} in {ms:.1f} ms a block" for index, (count, ms) in tokens.items())
+        lines.append(f"Shares by measured speed: {found}.")
+    if expected is not None:
+        lines.append(
+            f"Expected: about {expected.seconds:.1f} s a forward (two a step where cfg is above 1); the limit is {expected.limit}."
+        )
+    return tuple(lines)

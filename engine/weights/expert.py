@@ -113,6 +113,12 @@ class Expert:
     # ---- where parts are
 
     @property
+    def width(self) -> int:
+        """D, the width of the hidden state."""
+        config: Any = self.model.config
+        return config.num_attention_heads * config.attention_head_dim
+
+    @property
     def widened_bytes(self) -> int:
         """What the largest quantized matrix takes while it is multiplied: once in float32, once in the compute dtype."""
         elements = max((self.model.get_parameter(name).numel() for name in self._quantized), default=0)
@@ -300,7 +306,9 @@ class Expert:
         if any(full in self._quantized for full, _, _ in parameters):
             return None
         shapes = {full: module._parameters[name].shape for full, module, name in parameters}  # type: ignore[union-attr]
-        return Layout({_inside(part, full): torch.empty(shape, dtype=self.dtypes[full], device=NOWHERE) for full, shape in shapes.items()}, TOGETHER)
+        return Layout(
+            {_inside(part, full): torch.empty(shape, dtype=self.dtypes[full], device=NOWHERE) for full, shape in shapes.items()}, TOGETHER
+        )
 
     def _converted(self, full: str, module: nn.Module, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """A tensor of the file as it is kept, on a device."""

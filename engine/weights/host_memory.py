@@ -28,7 +28,9 @@ def host_buffer(size_bytes: int) -> torch.Tensor:
             # Called at the very beginning of the array's end, while the memory still is there.
             weakref.finalize(memory, runtime.cudaHostUnregister, pointer).atexit = False
         else:
-            logger.warning("%.1f GiB of system memory could not be page-locked (%s); copies from it will be slower.", size_bytes / 1024**3, error)
+            logger.warning(
+                "%.1f GiB of system memory could not be page-locked (%s); copies from it will be slower.", size_bytes / 1024**3, error
+            )
     return tensor
 
 

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 from wan_sharded.engine import Callbacks, ImageToVideoRequest, open_model
+from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
 from wan_sharded.engine.pipeline.schedulers import make_scheduler
-from wan_sharded.engine.weights.owner import ModelOwner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

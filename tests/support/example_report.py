@@ -20,10 +20,10 @@ from diffusers import WanTransformer3DModel
 from wan_sharded.engine.checkpoints.diffusers_folder import HIGH_NOISE, LOW_NOISE, ComponentFiles, DiffusersFolder
 from wan_sharded.engine.checkpoints.safetensors_header import TensorEntry
 from wan_sharded.engine.handle import ModelHandle
+from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import plan_report
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Machine
 from wan_sharded.engine.planning.footprint import FRAGMENTATION_ASYNC, VideoShape
-from wan_sharded.engine.weights.owner import ModelOwner
 
 # Memory as the driver reports it, with a desktop on the first card; 64 GB of system memory with the usual programs open.
 GPUS = (

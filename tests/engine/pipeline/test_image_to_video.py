@@ -15,9 +15,9 @@ from PIL import Image
 from wan_sharded import engine as engine_package
 from wan_sharded.engine import Callbacks, ImageToVideoRequest, ModelHandle, StepReport, as_picture, generate, open_model
 from wan_sharded.engine.errors import Cancelled, CheckpointError, InvalidRequestError, PlacementError, WanShardedError
+from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
 from wan_sharded.engine.planning.placement import HOST
-from wan_sharded.engine.weights.owner import ModelOwner
 
 Request = Callable[..., ImageToVideoRequest]
 

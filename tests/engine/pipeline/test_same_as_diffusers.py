@@ -14,9 +14,9 @@ from diffusers_reference import HostVae, hand_written_frames, load_pipeline
 from imagined_gpus import ImaginedGpus
 from imagined_machine import TinyExpert, imagined_machine
 from wan_sharded.engine import Callbacks, ImageToVideoRequest, ModelHandle, StepReport, open_model
+from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
 from wan_sharded.engine.planning.placement import HOST
-from wan_sharded.engine.weights.owner import ModelOwner
 
 TOLERANCE = 1e-5
 # What a change of an input must move, for its test to mean anything.
@@ -243,28 +243,43 @@ def homes_in_use(engine: ImageToVideo) -> set:
     return {home for placement in plan.placements.values() for part, home in placement.homes.items() if placement.sizes[part]}
 
 
+@pytest.mark.parametrize("execution", ["sequential", "parallel"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_diffusers_on_several_devices(
-    tiny_checkpoint: Path, make_request: Request, diffusers_frames: Reference, told_apart: bool, layout: str
+    tiny_checkpoint: Path, make_request: Request, diffusers_frames: Reference, told_apart: bool, layout: str, execution: str
 ) -> None:
     offload, device_map, rooms, expected_homes = LAYOUTS[layout]
     request = make_request()
     expert = TinyExpert(tiny_checkpoint)
-    sliders = expert.sliders(request.shape, [room * expert.block_bytes for room in rooms])
-    handle = open_model(tiny_checkpoint, weight_dtype="fp32", offload=offload, device_map=device_map, max_memory_gib=sliders)
+    # All at once, each GPU also needs room for two blocks on their way.
+    fetched = 2 if execution == "parallel" and len(rooms) > 1 else 0
+    sliders = expert.sliders(request.shape, [(room + fetched) * expert.block_bytes for room in rooms])
+    options = {"offload": offload, "device_map": device_map, "execution": execution}
+    handle = open_model(tiny_checkpoint, weight_dtype="fp32", max_memory_gib=sliders, **options)
     engine = ImageToVideo(ModelOwner(), lambda: imagined_machine(len(rooms), all_cpu=not told_apart))
     result = engine(handle, request, vae=HostVae(tiny_checkpoint))
-    assert homes_in_use(engine) == expected_homes, result.placement
-    assert furthest(result.frames, diffusers_frames(tiny_checkpoint, request)) <= TOLERANCE
+    if execution == "sequential":
+        assert homes_in_use(engine) == expected_homes, result.placement
+    else:
+        assert engine.owner.loaded.plan.parallel
+        assert (HOST in homes_in_use(engine)) == (HOST in expected_homes), result.placement
+        if len(rooms) > 1:
+            assert "All GPUs compute every block" in result.placement
+            assert "Shares by measured speed" in result.placement
+    # Eight shares of a dozen tokens each: matrix products of a dozen rows add up in another order than those of a hundred.
+    tolerance = 3 * TOLERANCE if len(rooms) == 8 else TOLERANCE
+    assert furthest(result.frames, diffusers_frames(tiny_checkpoint, request)) <= tolerance
 
 
+@pytest.mark.parametrize("execution", ["sequential", "parallel"])
 def test_every_input_on_several_devices(
-    tiny_checkpoint: Path, make_request: Request, diffusers_frames: Reference, last_picture: torch.Tensor
+    tiny_checkpoint: Path, make_request: Request, diffusers_frames: Reference, last_picture: torch.Tensor, execution: str
 ) -> None:
     """One engine, one run after another: batch, last image, no guidance, and back."""
     expert = TinyExpert(tiny_checkpoint)
-    sliders = expert.sliders(make_request(batch_size=2).shape, [4.2 * expert.block_bytes, 1.2 * expert.block_bytes])
-    handle = open_model(tiny_checkpoint, weight_dtype="fp32", max_memory_gib=sliders)
+    rooms = [4.2, 1.2] if execution == "sequential" else [6.2, 3.2]
+    sliders = expert.sliders(make_request(batch_size=2).shape, [room * expert.block_bytes for room in rooms])
+    handle = open_model(tiny_checkpoint, weight_dtype="fp32", execution=execution, max_memory_gib=sliders)
     with ImaginedGpus():
         engine = ImageToVideo(ModelOwner(), lambda: imagined_machine(2))
         for changes in ({"batch_size": 2}, {"last_image": last_picture}, {"guidance_scale": 1.0}, {"num_frames": 1}, {}):

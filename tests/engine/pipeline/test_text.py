@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from wan_sharded.engine import Callbacks, ImageToVideoRequest, open_model
 from wan_sharded.engine.errors import CheckpointError, InvalidRequestError
+from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline import text as text_module
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
-from wan_sharded.engine.weights.owner import ModelOwner
 
 Request = Callable[..., ImageToVideoRequest]
 

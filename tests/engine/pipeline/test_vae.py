@@ -12,11 +12,11 @@ from imagined_machine import gpu
 from safetensors.torch import load_file, save_file
 from wan_sharded.engine import Callbacks, ImageToVideoRequest, open_model
 from wan_sharded.engine.errors import Cancelled, CheckpointError
+from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
 from wan_sharded.engine.planning.budgets import CONTEXT_BYTES
 from wan_sharded.engine.planning.devices import GIB, Machine
 from wan_sharded.engine.planning.footprint import VideoShape, vae_bytes
-from wan_sharded.engine.weights.owner import ModelOwner
 
 WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 Request = Callable[..., ImageToVideoRequest]

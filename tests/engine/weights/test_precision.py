@@ -12,8 +12,8 @@ from imagined_machine import imagined_machine
 from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folder
 from wan_sharded.engine.errors import InvalidRequestError, UnsupportedError
 from wan_sharded.engine.handle import open_model
+from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.weights.expert import CPU, Expert
-from wan_sharded.engine.weights.owner import ModelOwner
 from wan_sharded.engine.weights.precision import Precision, parameter_dtypes, quantizable_weights, resolve_precision
 
 F32, F16, BF16, INT8, FP8 = torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn

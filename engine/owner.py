@@ -8,78 +8,59 @@ import gc
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import psutil
 import torch
 
-from .. import probe
-from ..checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE
-from ..errors import PlacementError
-from ..handle import ModelHandle
-from ..planning.budgets import Budget, budgets_for
-from ..planning.devices import GIB, DeviceInfo, Machine
-from ..planning.footprint import VideoShape, transformer_activation_bytes
-from ..planning.placement import HOST, Placement, place_expert
-from ..planning.remedies import check_host_memory, length_remedy
-from .expert import CPU, Expert
-from .precision import Precision, resolve_precision
+from . import probe
+from .checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE
+from .handle import ModelHandle
+from .parallel.crew import Crew, Share
+from .parallel.forward import ParallelForward, Timing
+from .parallel.functions import BlockFunctions
+from .parallel.workers import Worker
+from .planning.devices import GIB, DeviceInfo, Machine
+from .planning.footprint import VideoShape, affordable_range_tokens
+from .planning.placement import HOST, Placement
+from .plans import HOST_RESERVE_BYTES, Plan, make_plan, still_holds
+from .weights.expert import CPU, Expert
+from .weights.host_memory import HostPool
+from .weights.precision import Precision, resolve_precision
 
 logger = logging.getLogger(__name__)
 
 # Called with (parts done, parts in all, what is being loaded); may raise to cancel.
 OnLoad = Callable[[int, int, str], None]
-# System memory that parked weights never take.
-HOST_RESERVE_BYTES = 2 * GIB
 # What moves to the host at a time when a forward runs out of memory.
 SHED_BYTES = GIB
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where everything goes for runs up to one size.
-
-    Attributes:
-        shape: the largest run it holds for.
-        budgets: the limits.
-        placements: expert part name ("transformer", "transformer_2") -> its placement.
-        precision: how weights are kept.
-        fragmentation: of the allocator, as planned for.
-        offload: what the user allows, "auto", "cpu" or "none".
-        notes: sentences for people.
-    """
-
-    shape: VideoShape
-    budgets: tuple[Budget, ...]
-    placements: Mapping[str, Placement]
-    precision: Precision
-    fragmentation: float
-    offload: str
-    notes: tuple[str, ...]
-
-    @property
-    def main_device(self) -> torch.device:
-        placement = self.placements[HIGH_NOISE]
-        return torch.device(next(b.device.torch_device for b in self.budgets if b.device.index == placement.main_device))
-
-    def budget(self, index: int) -> Budget:
-        return next(b for b in self.budgets if b.device.index == index)
 
 
 class LoadedModel:
     """Both experts of one model in memory. Made and kept by :class:`ModelOwner` only."""
 
     def __init__(self, handle: ModelHandle, precision: Precision):
-        self.experts = {part: Expert(EXPERT_WORDS[part], files, precision) for part, files in handle.folder.experts.items()}
+        self._host_pool = HostPool()
+        self.experts = {
+            part: Expert(EXPERT_WORDS[part], files, precision, self._host_pool) for part, files in handle.folder.experts.items()
+        }
         self.precision = precision
         self.plan: Plan | None = None
         self.learned_reserve_bytes = 0
-        # The most the allocator should hold on each device during the current run; the hooks read it before every block.
+        # The most the allocator should hold on each device during the current run; read anew before every block.
         self.ceilings: dict[torch.device, int] = {}
+        # Of the current run; decides whether compiling pays.
+        self.forwards_left = 0
+        self.functions = BlockFunctions(self.experts[HIGH_NOISE].math)
+        self._crew: Crew | None = None
+        self._crew_key: tuple[Any, ...] = ()
+        self._calls: dict[str, Callable[..., Any]] = {}
         self._dispatched: dict[str, Placement] = {}
         self._check_cancelled: Callable[[], None] = lambda: None
+        self._on_stage: Callable[[str], None] = lambda words: None
 
     def set_plan(self, plan: Plan) -> None:
         """Follow a new plan from the next activation on."""
@@ -87,48 +68,126 @@ class LoadedModel:
             self.release()
         self.plan = plan
         self.ceilings.update({torch.device(b.device.torch_device): b.usable_bytes for b in plan.budgets})
-        for part, expert in self.experts.items():
-            if part in self._dispatched and self._dispatched[part].homes == plan.placements[part].homes:
+        for part in self.experts:
+            if part in self._dispatched and self._same_dispatch(self._dispatched[part], plan.placements[part]):
                 self._dispatched[part] = plan.placements[part]  # already so
             else:
-                self._dispatched.pop(part, None)
-                expert.undispatch()
+                self._undispatch(part)
 
-    def activate(self, part: str, check_cancelled: Callable[[], None], on_load: OnLoad) -> Expert:
+    @staticmethod
+    def _same_dispatch(old: Placement, new: Placement) -> bool:
+        # All at once, a forward's workers and buffers are of one size and plan.
+        return old.homes == new.homes and not old.parallel and not new.parallel
+
+    def _undispatch(self, part: str) -> None:
+        self._dispatched.pop(part, None)
+        if self._calls.pop(part, None) is not None and self._crew is not None:
+            self._crew.settle()
+        self.experts[part].undispatch()
+
+    def activate(
+        self, part: str, check_cancelled: Callable[[], None], on_load: OnLoad, on_stage: Callable[[str], None] = lambda words: None
+    ) -> Callable[..., Any]:
         """Have one expert's weights at their homes, moving the other's out of the way part by part.
+
+        Returns:
+            What calls like the expert's ``WanTransformer3DModel``.
 
         Raises:
             CheckpointError: a file can't be read any more.
         """
         plan, expert = self._planned(), self.experts[part]
-        self._check_cancelled = check_cancelled
+        self._check_cancelled, self._on_stage = check_cancelled, on_stage
         placement = plan.placements[part]
         if self._dispatched.get(part) is placement:
-            return expert
-        expert.undispatch()
+            return self._calls.get(part, expert.model)
+        self._undispatch(part)
         self.clear_fetch_rooms()
-        stage = plan.main_device
+        self._bring_home(part, placement, on_load)
+        # Hooks outlive the run that made them: they must ask the run that computes, not that one.
+        if placement.parallel:
+            self._calls[part] = ParallelForward(
+                expert,
+                self._crew_of(plan),
+                self.functions,
+                check_cancelled=lambda: self._check_cancelled(),
+                forwards_left=lambda: self.forwards_left,
+                on_stage=lambda words: self._on_stage(words),
+            )
+        else:
+            devices = {b.device.index: torch.device(b.device.torch_device) for b in plan.budgets}
+            expert.dispatch(placement, devices, lambda: self._check_cancelled(), self.ceilings)
+        self._dispatched[part] = placement
+        return self._calls.get(part, expert.model)
+
+    def _bring_home(self, part: str, placement: Placement, on_load: OnLoad) -> None:
+        plan, expert = self._planned(), self.experts[part]
         parts = list(placement.homes)
         # Parts that leave a GPU go first, so that what arrives finds their room.
         parts.sort(key=lambda name: placement.homes[name] != HOST)
+        on_gpus = plan.budgets[0].device.is_gpu
         for done, name in enumerate(parts):
-            check_cancelled()
+            self._check_cancelled()
             home = self._device(placement.homes[name])
-            if expert.location(name) != home:
+            # What GPUs fetch waits in one piece, page-locked; where system memory is short, in its mapped file.
+            fetched = placement.homes[name] == HOST and on_gpus and name.startswith("blocks.")
+            packed = True if fetched and (expert.packed(name) or self._host_has_room(expert.part_bytes(name))) else None
+            if expert.location(name) != home or (packed and expert.packed(name) is None):
                 on_load(done, len(parts), expert.name)
                 self._make_room_for_part(placement, part, name)
-                expert.bring(name, home, stage)
+                expert.bring(name, home, plan.main_device, packed=packed)
                 for device, ceiling in self.ceilings.items():
                     probe.trim(str(device), ceiling)
         on_load(len(parts), len(parts), expert.name)
         self._synchronize()
         # Leftovers of conversions would stand in the way of activations.
         probe.release_cached([b.device.torch_device for b in plan.budgets])
-        # Hooks outlive the run that made them: they must ask the run that computes, not that one.
-        devices = {b.device.index: torch.device(b.device.torch_device) for b in plan.budgets}
-        expert.dispatch(placement, devices, lambda: self._check_cancelled(), self.ceilings)
-        self._dispatched[part] = placement
-        return expert
+
+    @staticmethod
+    def _host_has_room(part_bytes: int) -> bool:
+        return psutil.virtual_memory().available - HOST_RESERVE_BYTES >= part_bytes
+
+    # ---- who computes
+
+    def _crew_of(self, plan: Plan) -> Crew:
+        """The plan's workers; what was measured of them is kept while the size stays."""
+        placement, shape = plan.placements[HIGH_NOISE], plan.shape
+        key = (tuple(b.device.torch_device for b in plan.budgets), placement.main_device, shape)
+        if self._crew is None or self._crew_key != key:
+            speeds = self._speeds_now()
+            shares = [
+                Share(Worker(b.device.index, torch.device(b.device.torch_device)), speeds.get(b.device.index, plan.shares[b.device.index]))
+                for b in plan.budgets
+            ]
+            main = next(share.worker for share in shares if share.worker.index == placement.main_device)
+            self._crew, self._crew_key = Crew(shares, main, ceilings=self.ceilings), key
+        for share in self._crew.shares:
+            index = share.worker.index
+            share.most = plan.most_share(index)
+            own = ceil(share.most * shape.tokens)
+            # As planned where memory is short, or has been.
+            spare = 0 if self.learned_reserve_bytes else plan.spare_bytes(index)
+            sizing = (shape.batch_size, self.experts[HIGH_NOISE].width, self.precision.dtype.itemsize)
+            share.range_tokens = affordable_range_tokens(own, spare, *sizing)
+        return self._crew
+
+    def _speeds_now(self) -> dict[int, float]:
+        """What is known of the workers from another size; a guess for this one."""
+        if self._crew is None or not all(worker.is_timed for worker in self._crew.workers):
+            return {}
+        return {share.worker.index: share.speed for share in self._crew.shares}
+
+    def timings(self) -> dict[int, Timing]:
+        """Device index -> what the latest forward took of it, where all devices compute at once."""
+        found: dict[int, Timing] = {}
+        for call in self._calls.values():
+            if isinstance(call, ParallelForward):
+                found.update(call.latest_timings())
+        return found
+
+    def after_forward(self, part: str) -> None:
+        """Let go of what a forward, or one that raised, was using."""
+        self.experts[part].release_fetched()
 
     def _make_room_for_part(self, placement: Placement, part: str, name: str) -> None:
         home = placement.homes[name]
@@ -146,16 +205,21 @@ class LoadedModel:
             return
         for other, waiting in self.experts.items():
             for parked in waiting.parts_on(CPU) if other != part else ():
-                if psutil.virtual_memory().available - HOST_RESERVE_BYTES >= expert.part_bytes(name):
+                if self._host_has_room(expert.part_bytes(name)):
                     return
-                if self._dispatched.pop(other, None) is not None:
-                    waiting.undispatch()
+                self._undispatch(other)
                 waiting.drop(parked)
+                self._host_pool.clear()
 
     def clear_fetch_rooms(self) -> None:
-        """Give back what fetched weights stood in, on all devices."""
+        """Give back what fetched weights, and what the workers exchange, stood in, on all devices."""
         for expert in self.experts.values():
             expert.clear_fetch_room()
+        if self._crew is not None:
+            self._crew.settle()
+            for part in [part for part, placement in self._dispatched.items() if placement.parallel]:
+                self._undispatch(part)
+            self._crew.give_back_buffers()
 
     def make_room(self, index: int, needed_bytes: int, limit_bytes: int, keep: str | None = None) -> None:
         """Park weights from one device until ``needed_bytes`` more fit under the limit there.
@@ -169,6 +233,7 @@ class LoadedModel:
         device = self._device(index)
         if device == CPU:
             return
+        self.clear_fetch_rooms()
         for part, expert in self.experts.items():
             for name in expert.parts_on(device):
                 if self.resident_bytes(device) + needed_bytes <= limit_bytes:
@@ -178,10 +243,8 @@ class LoadedModel:
 
     def _park(self, part: str, name: str) -> None:
         expert = self.experts[part]
-        if self._dispatched.pop(part, None) is not None:
-            expert.undispatch()
-        room = psutil.virtual_memory().available - HOST_RESERVE_BYTES
-        if expert.is_cheap_to_read(name) or expert.part_bytes(name) > room:
+        self._undispatch(part)
+        if expert.is_cheap_to_read(name) or not self._host_has_room(expert.part_bytes(name)):
             expert.drop(name)
         else:
             expert.bring(name, CPU, CPU)
@@ -195,22 +258,41 @@ class LoadedModel:
                 return budget.device
         return min(plan.budgets, key=lambda b: b.usable_bytes - self.resident_bytes(torch.device(b.device.torch_device))).device
 
-    def may_shed(self, index: int) -> bool:
-        """Whether blocks may leave a device for the host: some are there, and the user has not forbidden it."""
-        plan = self._planned()
-        return plan.offload != "none" and any(
-            home == index and name.startswith("blocks.") for name, home in plan.placements[HIGH_NOISE].homes.items()
-        )
+    def may_shed(self, index: int, part: str) -> bool:
+        """Whether weights may leave a device for the host: some are there, and the user has not forbidden it.
 
-    def shed(self, index: int) -> int:
-        """After a forward ran out of memory: give blocks that live on a device a home on the host, for both experts.
+        Args:
+            index: the device.
+            part: the working expert.
+        """
+        plan = self._planned()
+        on_device = any(home == index and name.startswith("blocks.") for name, home in plan.placements[HIGH_NOISE].homes.items())
+        return (plan.parallel and bool(self._waiting_on(index, part))) or (plan.offload != "none" and on_device)
+
+    def _waiting_on(self, index: int, part: str) -> list[tuple[str, str]]:
+        """(expert, part) of everything on a device that the working expert does not need."""
+        device = self._device(index)
+        return [(other, name) for other, expert in self.experts.items() if other != part for name in expert.parts_on(device)]
+
+    def shed(self, index: int, part: str) -> str:
+        """After a forward ran out of memory: make room on a device for good.
+
+        What waits there goes first, where all devices compute at once; else blocks that live there get a home on the host, for both experts.
 
         Args:
             index: the device that ran out.
+            part: the working expert.
 
         Returns:
-            How many blocks. They move at the next activation.
+            What moved, or moves at the next activation, in words.
         """
+        waiting = self._waiting_on(index, part) if self._planned().parallel else []
+        if waiting:
+            self.learned_reserve_bytes += sum(self.experts[other].part_bytes(name) for other, name in waiting)
+            for other, name in waiting:
+                self._park(other, name)
+            probe.release_cached([b.device.torch_device for b in self._planned().budgets])
+            return "the waiting expert"
         plan = self._planned()
         first = plan.placements[HIGH_NOISE]
         blocks = [name for name, home in first.homes.items() if home == index and name.startswith("blocks.")]
@@ -225,7 +307,7 @@ class LoadedModel:
         self.learned_reserve_bytes += sum(first.sizes[name] for name in gone)
         self.set_plan(replace(plan, placements=placements))
         probe.release_cached([b.device.torch_device for b in plan.budgets])
-        return len(gone)
+        return f"{len(gone)} blocks"
 
     def resident_bytes(self, device: torch.device) -> int:
         """Bytes of weights on a device, both experts."""
@@ -233,11 +315,12 @@ class LoadedModel:
 
     def release(self) -> None:
         """Let all weights go."""
-        self._dispatched.clear()
-        for expert in self.experts.values():
-            expert.undispatch()
+        self.clear_fetch_rooms()
+        for part, expert in self.experts.items():
+            self._undispatch(part)
             for name in expert.parts:
                 expert.drop(name)
+        self._host_pool.clear()
 
     def _planned(self) -> Plan:
         if self.plan is None:
@@ -285,7 +368,7 @@ class ModelOwner:
         if loaded is not self._loaded:
             self.release()
             self._loaded, self._key = loaded, key
-        if loaded.plan is not None and self._handle == handle and _still_holds(loaded.plan, plan):
+        if loaded.plan is not None and self._handle == handle and still_holds(loaded.plan, plan):
             kept = {part: replace(plan.placements[part], homes=loaded.plan.placements[part].homes) for part in plan.placements}
             plan = replace(plan, placements=kept)
         loaded.set_plan(plan)
@@ -326,84 +409,3 @@ class ModelOwner:
             del loaded
             gc.collect()
             probe.release_cached(devices)
-
-
-def _still_holds(old: Plan, new: Plan) -> bool:
-    """Whether the homes in force also suit a new plan's limits and size, so that nothing needs to move."""
-    if [b.device.torch_device for b in old.budgets] != [b.device.torch_device for b in new.budgets]:
-        return False
-    for part, wanted in new.placements.items():
-        current = old.placements[part]
-        if current.main_device != wanted.main_device or len(current.offloaded) > len(wanted.offloaded):
-            return False
-        for budget in new.budgets:
-            index = budget.device.index
-            if current.weight_bytes(index) + wanted.reserve_bytes[index] > budget.usable_bytes:
-                return False
-    return True
-
-
-def make_plan(
-    handle: ModelHandle,
-    loaded: LoadedModel,
-    machine: Machine,
-    shape: VideoShape,
-    notes: tuple[str, ...] = (),
-    *,
-    in_memory: LoadedModel,
-    reserved_bytes: int = 0,
-) -> Plan:
-    """Homes for both experts for a run of a size. Moves nothing.
-
-    Args:
-        handle: how to spread it.
-        loaded: the model to place.
-        machine: the devices as they are now.
-        shape: the run's size.
-        notes: to be repeated in the plan.
-        in_memory: whose weights are on the devices now; they count as free.
-        reserved_bytes: what the application wants left alone on each GPU.
-
-    Raises:
-        PlacementError: it does not fit; the message names the slider and the value, and the length that would fit.
-    """
-    held = {d.index: in_memory.resident_bytes(torch.device(d.torch_device)) for d in machine.devices}
-    budgets, budget_notes = budgets_for(machine, handle.max_memory_gib, held_bytes=held, reserved_bytes=reserved_bytes)
-    host_bytes = max(0, machine.host_available_bytes - HOST_RESERVE_BYTES + in_memory.resident_bytes(CPU))
-
-    def place(size: VideoShape, *, remedies: bool = True) -> dict[str, Placement]:
-        check_host_memory(size, machine.host_available_bytes, vae_on_host=not budgets[0].device.is_gpu)
-        placements = {}
-        for part, expert in loaded.experts.items():
-            config: Any = expert.model.config
-            width = config.num_attention_heads * config.attention_head_dim
-            placements[part] = place_expert(
-                expert.model,
-                budgets,
-                device_map=handle.device_map,
-                offload=handle.offload,
-                activation_bytes=transformer_activation_bytes(
-                    size, width, loaded.precision.dtype.itemsize, machine.fragmentation, expert.widened_bytes
-                )
-                + loaded.learned_reserve_bytes,
-                host_bytes=host_bytes,
-                dtype=loaded.precision.dtype,
-                special_dtypes=expert.dtypes,
-                remedies=remedies,
-            )
-        return placements
-
-    try:
-        placements = place(shape)
-    except PlacementError as error:
-        raise PlacementError(f"{error}{length_remedy(shape, lambda size: place(size, remedies=False))}") from None
-    placement_notes = placements[HIGH_NOISE].notes
-    return Plan(
-        shape,
-        budgets,
-        placements,
-        loaded.precision,
-        machine.fragmentation,
-        handle.offload,
-        (*machine.warnings, *notes, *budget_notes, *placement_notes),
-    )

@@ -1,0 +1,282 @@
+"""Plans for a model on a machine: which devices take part, how, and where both experts' blocks go. Moves nothing.
+
+Joins what the pure planning needs to what a model is; called by the owner of loaded models.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .checkpoints.diffusers_folder import HIGH_NOISE
+from .errors import PlacementError
+from .handle import ModelHandle
+from .planning.budgets import Budget, budgets_for
+from .planning.devices import GIB, Machine
+from .planning.footprint import VideoShape, transformer_activation_bytes, worker_activation_bytes
+from .planning.forecast import WORSE_BY, Forecast, Work, forecast, speed_shares
+from .planning.placement import Placement, place_expert
+from .planning.remedies import check_host_memory, length_remedy
+from .weights.expert import CPU, Expert
+from .weights.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+# System memory that parked weights never take.
+HOST_RESERVE_BYTES = 2 * GIB
+# Shares are planned by guessed speeds and corrected by measured ones; so much more than planned a device may be given.
+SHARE_MARGIN = 1.15
+
+
+class PlannedModel(Protocol):
+    """What a plan needs to know of a loaded model."""
+
+    experts: Mapping[str, Expert]
+    precision: Precision
+    learned_reserve_bytes: int
+
+    def resident_bytes(self, device: torch.device) -> int:
+        """Bytes of weights on a device, both experts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything goes for runs up to one size.
+
+    Attributes:
+        shape: the largest run it holds for.
+        budgets: the limits of the devices that take part.
+        placements: expert part name ("transformer", "transformer_2") -> its placement.
+        precision: how weights are kept.
+        fragmentation: of the allocator, as planned for.
+        offload: what the user allows, "auto", "cpu" or "none".
+        notes: sentences for people.
+        shares: device index -> the fraction of the tokens it is expected to compute; all 1 where one device computes at a time.
+        expected: of one forward, where the devices' speeds are known.
+    """
+
+    shape: VideoShape
+    budgets: tuple[Budget, ...]
+    placements: Mapping[str, Placement]
+    precision: Precision
+    fragmentation: float
+    offload: str
+    notes: tuple[str, ...]
+    shares: Mapping[int, float]
+    expected: Forecast | None = None
+
+    @property
+    def parallel(self) -> bool:
+        """Whether all devices compute every block."""
+        return self.placements[HIGH_NOISE].parallel
+
+    @property
+    def main_device(self) -> torch.device:
+        placement = self.placements[HIGH_NOISE]
+        return torch.device(self.budget(placement.main_device).device.torch_device)
+
+    def budget(self, index: int) -> Budget:
+        return next(b for b in self.budgets if b.device.index == index)
+
+    def most_share(self, index: int) -> float:
+        """The largest fraction of the tokens that a device's memory is planned for."""
+        return most_share(self.shares[index])
+
+    def spare_bytes(self, index: int) -> int:
+        """What a device may use and nothing is planned for."""
+        return self.budget(index).usable_bytes - max(p.predicted_peak_bytes(index) for p in self.placements.values())
+
+
+def most_share(share: float) -> float:
+    """The largest fraction of the tokens a device may get that is expected to compute this one."""
+    return min(1.0, share * SHARE_MARGIN + 0.02)
+
+
+def still_holds(old: Plan, new: Plan) -> bool:
+    """Whether the homes in force also suit a new plan's limits and size, so that nothing needs to move."""
+    if old.parallel != new.parallel or [b.device.torch_device for b in old.budgets] != [b.device.torch_device for b in new.budgets]:
+        return False
+    for part, wanted in new.placements.items():
+        current = old.placements[part]
+        if current.main_device != wanted.main_device or len(current.offloaded) > len(wanted.offloaded):
+            return False
+        for budget in new.budgets:
+            index = budget.device.index
+            if current.weight_bytes(index) + wanted.reserve_bytes[index] > budget.usable_bytes:
+                return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to compute: who takes part, and whether all at once."""
+
+    parallel: bool
+    budgets: tuple[Budget, ...]
+
+
+@dataclass(frozen=True)
+class _Planner:
+    handle: ModelHandle
+    loaded: PlannedModel
+    machine: Machine
+    host_bytes: int
+
+    def shares(self, way: _Way) -> dict[int, float]:
+        if not way.parallel:
+            return {b.device.index: 1.0 for b in way.budgets}
+        return speed_shares({b.device.index: b.device for b in way.budgets})
+
+    def place(self, way: _Way, size: VideoShape, *, remedies: bool = True) -> dict[str, Placement]:
+        """Both experts' homes.
+
+        Raises:
+            PlacementError: they don't fit.
+        """
+        check_host_memory(size, self.machine.host_available_bytes, vae_on_host=not way.budgets[0].device.is_gpu)
+        return {
+            part: place_expert(
+                expert.model,
+                way.budgets,
+                device_map=self.handle.device_map,
+                offload=self.handle.offload,
+                activation_bytes=self._activation_bytes(expert, way, size),
+                host_bytes=self.host_bytes,
+                dtype=self.loaded.precision.dtype,
+                special_dtypes=expert.dtypes,
+                parallel=way.parallel,
+                remedies=remedies,
+            )
+            for part, expert in self.loaded.experts.items()
+        }
+
+    def _activation_bytes(self, expert: Expert, way: _Way, size: VideoShape) -> dict[int, int]:
+        element, fragmentation = self.loaded.precision.dtype.itemsize, self.machine.fragmentation
+        sizing: Any = {"fragmentation": fragmentation, "widened_bytes": expert.widened_bytes}
+        shares, needs = self.shares(way), {}
+        for index, share in shares.items():
+            if way.parallel and len(shares) > 1:
+                # Which of them hands the tokens out is known only when homes are; it hardly counts.
+                needed = worker_activation_bytes(size, expert.width, element, share=most_share(share), main=True, **sizing)
+            else:
+                needed = transformer_activation_bytes(size, expert.width, element, **sizing)
+            needs[index] = needed + self.loaded.learned_reserve_bytes
+        return needs
+
+    def expected(self, way: _Way, placements: Mapping[str, Placement], size: VideoShape) -> Forecast | None:
+        expert = self.loaded.experts[HIGH_NOISE]
+        config: Any = expert.model.config
+        work = Work.of(
+            size, width=expert.width, ffn_width=config.ffn_dim, blocks=config.num_layers, element_bytes=self.loaded.precision.dtype.itemsize
+        )
+        return forecast(placements[HIGH_NOISE], {b.device.index: b.device for b in way.budgets}, work)
+
+
+def _ways(execution: str, budgets: tuple[Budget, ...]) -> list[_Way]:
+    """The ways to be considered, the preferred one first."""
+    if execution != "auto":
+        return [_Way(execution == "parallel", budgets)]
+    if not budgets[0].device.is_gpu:
+        return [_Way(False, budgets)]
+    ways = [_Way(True, budgets)]
+    if len(budgets) > 1 and all(b.device.speed_tflops for b in budgets):
+        slowest_first = sorted(budgets, key=lambda b: float(b.device.speed_tflops or 0))
+        for count in range(1, len(budgets)):
+            left_out = slowest_first[:count]
+            ways.append(_Way(True, tuple(b for b in budgets if b not in left_out)))
+    return [*ways, _Way(False, budgets)]  # which needs the least memory
+
+
+def make_plan(
+    handle: ModelHandle,
+    loaded: PlannedModel,
+    machine: Machine,
+    shape: VideoShape,
+    notes: tuple[str, ...] = (),
+    *,
+    in_memory: PlannedModel,
+    reserved_bytes: int = 0,
+) -> Plan:
+    """Homes for both experts for a run of a size. Moves nothing.
+
+    Args:
+        handle: how to spread it.
+        loaded: the model to place.
+        machine: the devices as they are now.
+        shape: the run's size.
+        notes: to be repeated in the plan.
+        in_memory: whose weights are on the devices now; they count as free.
+        reserved_bytes: what the application wants left alone on each GPU.
+
+    Raises:
+        PlacementError: it does not fit; the message names the slider and the value, and the length that would fit.
+    """
+    held = {d.index: in_memory.resident_bytes(torch.device(d.torch_device)) for d in machine.devices}
+    budgets, budget_notes = budgets_for(machine, handle.max_memory_gib, held_bytes=held, reserved_bytes=reserved_bytes)
+    host_bytes = max(0, machine.host_available_bytes - HOST_RESERVE_BYTES + in_memory.resident_bytes(CPU))
+    planner = _Planner(handle, loaded, machine, host_bytes)
+    ways = _ways(handle.execution, budgets)
+    found = _fitting(planner, ways, shape)
+    if not found:
+        try:
+            planner.place(ways[-1], shape)
+        except PlacementError as error:
+            remedy = length_remedy(shape, lambda size: planner.place(ways[-1], size, remedies=False))
+            raise PlacementError(f"{error}{remedy}") from None
+    way, placements, expected, way_notes = _best(found, ways)
+    return Plan(
+        shape,
+        way.budgets,
+        placements,
+        loaded.precision,
+        machine.fragmentation,
+        handle.offload,
+        (*machine.warnings, *notes, *budget_notes, *way_notes, *placements[HIGH_NOISE].notes),
+        planner.shares(way),
+        expected,
+    )
+
+
+_Found = tuple[_Way, dict[str, Placement], Forecast | None]
+
+
+def _fitting(planner: _Planner, ways: list[_Way], shape: VideoShape) -> list[_Found]:
+    found: list[_Found] = []
+    for way in ways:
+        try:
+            placements = planner.place(way, shape, remedies=False)
+        except PlacementError:
+            continue
+        expected = planner.expected(way, placements, shape)
+        found.append((way, placements, expected))
+        if expected is None:
+            break  # nothing to compare by
+    return found
+
+
+def _best(found: list[_Found], ways: list[_Way]) -> tuple[_Way, dict[str, Placement], Forecast | None, tuple[str, ...]]:
+    """The preferred way that fits, unless another is expected to be faster; with the reason where it is not the preferred one."""
+    best = found[0]
+    for other in found[1:]:
+        if best[2] and other[2] and other[2].seconds * WORSE_BY < best[2].seconds:
+            best = other
+    way, placements, expected = best
+    return way, placements, expected, _reason(best, found[0], ways[0])
+
+
+def _reason(best: _Found, first: _Found, preferred: _Way) -> tuple[str, ...]:
+    way, _, expected = best
+    if way == preferred:
+        return ()
+    what = "One GPU computes at a time, and fetches no block ahead" if not way.parallel else ""
+    left_out = [b.device.label for b in preferred.budgets if b not in way.budgets]
+    if left_out:
+        what = f"{' and '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out"
+    if best is first or expected is None or first[2] is None:
+        return (f"{what}: everything else needs more memory than the GPUs may use.",)
+    return (
+        f"{what}: a forward is expected to take {expected.seconds:.1f} s so, and {first[2].seconds:.1f} s with all GPUs at once, held up by {first[2].limit}.",
+    )
