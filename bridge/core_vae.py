@@ -34,6 +34,13 @@ class CoreVae:
                 f"The connected vae is {kind} VAE with {getattr(vae, 'latent_channels', '?')}-channel latents; Wan 2.2 14B needs Wan 2.1's "
                 "video VAE with 16 (wan_2.1_vae.safetensors). Connect that one, or nothing to use the model's own."
             )
+        model = getattr(vae, "first_stage_model", None)
+        # HunyuanVideo's VAE has the same shape of latents, and other values in them.
+        if model is not None and "wan" not in type(model).__module__.split("."):
+            raise InvalidRequestError(
+                f"The connected vae is a {type(model).__name__}, not Wan's. Connect Wan 2.1's video VAE (wan_2.1_vae.safetensors), or nothing "
+                "to use the model's own."
+            )
         self._vae = vae
         config = component_config(handle.folder.path / "vae")
         self.config = SimpleNamespace(**{"scale_factor_temporal": 4, "scale_factor_spatial": 8, **config})

@@ -1,7 +1,9 @@
 """The loader node's work: choices to a handle, and the placement it would have, in words."""
 
+from pathlib import Path
+
 from ..engine import OWNER, ModelHandle, open_model, probe
-from ..engine.errors import PlacementError
+from ..engine.errors import PlacementError, WanShardedError
 from ..engine.pipeline.image_to_video import plan_report
 from ..engine.planning.footprint import VideoShape
 from . import memory, model_files, progress
@@ -50,6 +52,17 @@ def make_handle(
         on_download=progress.DownloadProgress(node_id),
     )
     return handle, describe(handle)
+
+
+def fingerprint(model: str) -> str:
+    """Changes when the files of a model on this computer do, so that ComfyUI does not reuse an old loader's output for new files."""
+    try:
+        folder = model_files.resolve_model(model)
+        path = Path(folder)
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+        return "|".join(f"{file.relative_to(path)}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+    except (WanShardedError, OSError):
+        return ""  # the node itself says what is wrong
 
 
 def describe(handle: ModelHandle) -> str:

@@ -14,6 +14,9 @@ from .status import show_on_node
 
 logger = logging.getLogger(__name__)
 
+# What every text encoder node puts into a CONDITIONING.
+EXPECTED_OPTIONS = {"pooled_output", "attention_mask"}
+
 
 def sample_i2v(
     *,
@@ -70,6 +73,7 @@ def sample_i2v(
         prompt_embeds=_embeds(positive_conditioning, "positive_conditioning"),
         negative_prompt_embeds=_embeds(negative_conditioning, "negative_conditioning"),
     )
+    notes += _unused(positive_conditioning, "positive_conditioning") + _unused(negative_conditioning, "negative_conditioning")
     vae = None if core_vae is None else CoreVae(core_vae, handle)
     machine = probe.probe_machine()
     memory.make_room(handle, machine)
@@ -96,3 +100,11 @@ def _embeds(conditioning: Any, name: str) -> torch.Tensor | None:
             f"{name} holds {len(conditioning)} conditionings; Wan I2V Sampler takes exactly one. Connect CLIP Text Encode directly."
         )
     return conditioning[0][0]
+
+
+def _unused(conditioning: Any, name: str) -> tuple[str, ...]:
+    """A note on what a CONDITIONING carries besides its embeddings: areas, masks, strengths, timestep ranges, pictures."""
+    if conditioning is None:
+        return ()
+    options = sorted(key for key, value in conditioning[0][1].items() if key not in EXPECTED_OPTIONS and value is not None)
+    return (f"{name} carries {', '.join(options)}, which Wan I2V Sampler does not use.",) if options else ()

@@ -49,7 +49,8 @@ class LoadedModel:
         }
         self.precision = precision
         self.plan: Plan | None = None
-        self.learned_reserve_bytes = 0
+        # Device index -> what was given up there after running out of memory; later plans keep it free.
+        self.learned_reserve_bytes: dict[int, int] = {}
         # The most the allocator should hold on each device during the current run; read anew before every block.
         self.ceilings: dict[torch.device, int] = {}
         # Of the current run; decides whether compiling pays.
@@ -122,6 +123,11 @@ class LoadedModel:
 
     def _bring_home(self, part: str, placement: Placement, on_load: OnLoad) -> None:
         plan, expert = self._planned(), self.experts[part]
+        if placement.parallel:
+            # Also where none of this expert's parts come to a device, it computes there.
+            for budget in plan.budgets:
+                index = budget.device.index
+                self.make_room(index, placement.reserve_bytes[index], budget.usable_bytes, keep=part)
         parts = list(placement.homes)
         # Parts that leave a GPU go first, so that what arrives finds their room.
         parts.sort(key=lambda name: placement.homes[name] != HOST)
@@ -166,7 +172,7 @@ class LoadedModel:
             share.most = plan.most_share(index)
             own = ceil(share.most * shape.tokens)
             # As planned where memory is short, or has been.
-            spare = 0 if self.learned_reserve_bytes else plan.spare_bytes(index)
+            spare = 0 if self.learned_reserve_bytes.get(index) else plan.spare_bytes(index)
             sizing = (shape.batch_size, self.experts[HIGH_NOISE].width, self.precision.dtype.itemsize)
             share.range_tokens = affordable_range_tokens(own, spare, *sizing)
         return self._crew
@@ -288,7 +294,7 @@ class LoadedModel:
         """
         waiting = self._waiting_on(index, part) if self._planned().parallel else []
         if waiting:
-            self.learned_reserve_bytes += sum(self.experts[other].part_bytes(name) for other, name in waiting)
+            self._learn_reserve(index, sum(self.experts[other].part_bytes(name) for other, name in waiting))
             for other, name in waiting:
                 self._park(other, name)
             probe.release_cached([b.device.torch_device for b in self._planned().budgets])
@@ -304,10 +310,14 @@ class LoadedModel:
             part: replace(placement, homes={name: HOST if name in gone else home for name, home in placement.homes.items()})
             for part, placement in plan.placements.items()
         }
-        self.learned_reserve_bytes += sum(first.sizes[name] for name in gone)
+        self._learn_reserve(index, sum(first.sizes[name] for name in gone))
         self.set_plan(replace(plan, placements=placements))
         probe.release_cached([b.device.torch_device for b in plan.budgets])
         return f"{len(gone)} blocks"
+
+    def _learn_reserve(self, index: int, freed_bytes: int) -> None:
+        # Not all of what waited there: what a forward lacks is seldom more than what moves at a time.
+        self.learned_reserve_bytes[index] = self.learned_reserve_bytes.get(index, 0) + min(freed_bytes, SHED_BYTES)
 
     def resident_bytes(self, device: torch.device) -> int:
         """Bytes of weights on a device, both experts."""

@@ -35,7 +35,7 @@ class PlannedModel(Protocol):
 
     experts: Mapping[str, Expert]
     precision: Precision
-    learned_reserve_bytes: int
+    learned_reserve_bytes: dict[int, int]
 
     def resident_bytes(self, device: torch.device) -> int:
         """Bytes of weights on a device, both experts."""
@@ -163,7 +163,7 @@ class _Planner:
                 needed = worker_activation_bytes(size, expert.width, element, share=most_share(share), main=True, **sizing)
             else:
                 needed = transformer_activation_bytes(size, expert.width, element, **sizing)
-            needs[index] = needed + self.loaded.learned_reserve_bytes
+            needs[index] = needed + self.loaded.learned_reserve_bytes.get(index, 0)
         return needs
 
     def expected(self, way: _Way, placements: Mapping[str, Placement], size: VideoShape) -> Forecast | None:

@@ -102,6 +102,10 @@ class WanShardedLoader(io.ComfyNode):
         return slider if gpus.is_present(index) else hidden(slider)
 
     @classmethod
+    def fingerprint_inputs(cls, model: str, **_: object) -> str:
+        return loading.fingerprint(model)
+
+    @classmethod
     def execute(
         cls,
         model: str,

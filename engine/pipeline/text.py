@@ -24,6 +24,8 @@ from .callbacks import Callbacks
 MAX_TOKENS = 512
 # Besides its weights: 512 tokens' activations and the workspaces of a first matmul.
 ACTIVATION_BYTES = int(0.75 * GIB)
+# What loading takes for a moment: the largest tensor a second time, and what is converted.
+LOADING_BYTES = int(2.5 * GIB)
 
 
 class PromptEmbeddings:
@@ -68,11 +70,31 @@ def _encode(folder: Path, prompts: list[str], loaded: LoadedModel, callbacks: Ca
     # As wide as the experts compute: UMT5 was published in bf16, and float32 would double its 11 GB.
     dtype = torch.bfloat16 if stored_float32 and plan.budgets[0].device.is_gpu and plan.precision.dtype != torch.float32 else None
     needed = (stored_bytes // 2 if dtype else stored_bytes) + ACTIVATION_BYTES
-    devices = [b.device.torch_device for b in plan.budgets]
+    rooms = _rooms(loaded, needed) if on_gpu else [None]
+    for room, is_last in zip(rooms, [*[False] * (len(rooms) - 1), True], strict=True):
+        try:
+            return _encode_in(folder, prompts, dtype, room, [b.device.torch_device for b in plan.budgets], callbacks)
+        except torch.OutOfMemoryError:
+            if is_last:
+                raise
+        # Only here, with the exception gone, is its memory free again.
+        callbacks.on_stage("Encoding the prompt with less on the GPU")
+    raise AssertionError("there is always a way")
+
+
+def _encode_in(
+    folder: Path,
+    prompts: list[str],
+    dtype: torch.dtype | None,
+    room: dict[int | str, int] | None,
+    devices: list[str],
+    callbacks: Callbacks,
+) -> list[torch.Tensor]:
+    """Load the encoder into the given room, encode, let it go."""
     encoder = pipeline = None
     try:
         callbacks.check_cancelled()
-        tokenizer, encoder = _load(folder, dtype, _make_room(loaded, needed) if on_gpu else None)
+        tokenizer, encoder = _load(folder, dtype, room)
         callbacks.check_cancelled()
         pipeline = WanImageToVideoPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=None, scheduler=None)  # type: ignore[arg-type]
         # Where its inputs go; diffusers before 0.41 takes the device it is given for that.
@@ -111,8 +133,12 @@ def _load(folder: Path, dtype: torch.dtype | None, max_memory: dict[int | str, i
     return tokenizer, encoder.eval()
 
 
-def _make_room(loaded: LoadedModel, needed: int) -> dict[int | str, int]:
-    """Room on the roomiest GPU for all of it, or else on all GPUs together; accelerate's ``max_memory`` by torch index."""
+def _rooms(loaded: LoadedModel, needed: int) -> list[dict[int | str, int] | None]:
+    """Where the encoder may go, the preferred way first: accelerate's ``max_memory`` by torch index, or ``None`` for the CPU.
+
+    All of it on the roomiest GPU, or else on all GPUs together. Loading holds tensors twice for a moment (the embedding table alone is
+    2 GiB), so where that runs out of memory less is tried, and then the CPU, which takes longer and always works.
+    """
     plan = loaded.plan
     assert plan is not None
     ordered = sorted(plan.budgets, key=lambda budget: -budget.usable_bytes)
@@ -120,8 +146,12 @@ def _make_room(loaded: LoadedModel, needed: int) -> dict[int | str, int]:
     for budget in chosen:
         loaded.make_room(budget.device.index, min(needed, budget.usable_bytes), budget.usable_bytes)
     probe.release_cached([b.device.torch_device for b in chosen])
-    room: dict[int | str, int] = {torch.device(b.device.torch_device).index: max(0, b.usable_bytes - ACTIVATION_BYTES) for b in chosen}
-    return {**room, "cpu": needed}
+    rooms: list[dict[int | str, int] | None] = []
+    for spare in (ACTIVATION_BYTES, ACTIVATION_BYTES + LOADING_BYTES):
+        room: dict[int | str, int] = {torch.device(b.device.torch_device).index: b.usable_bytes - spare for b in chosen}
+        if min(room.values()) > 0:
+            rooms.append({**room, "cpu": needed})
+    return [*rooms, None]
 
 
 def _stored(folder: Path) -> tuple[int, bool]:

@@ -52,11 +52,17 @@ class ModelVae:
 
     def __init__(self, folder: Path, loaded: LoadedModel, shape: VideoShape, check_cancelled: CheckCancelled, note: Callable[[str], None]):
         self._loaded, self._shape, self._check_cancelled, self._note = loaded, shape, check_cancelled, note
+        self._folder = folder
+        self._vae: Any = self._read()
+        self.config = self._vae.config
+
+    def _read(self) -> Any:
+        folder = self._folder
         try:
             found: Any = AutoencoderKLWan.from_pretrained(
                 folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
-            loaded_vae, loading = found
+            vae, loading = found
         except Exception as error:  # diffusers raises many kinds; the cause is kept
             raise CheckpointError(f"The VAE in {folder.parent.name} could not be loaded: {error}. Download it again.") from error
         if loading["missing_keys"]:
@@ -64,8 +70,15 @@ class ModelVae:
                 f"The VAE in {folder.parent.name} lacks {len(loading['missing_keys'])} tensors, such as {min(loading['missing_keys'])}. "
                 "Download it again."
             )
-        self._vae: Any = loaded_vae.eval()
-        self.config = self._vae.config
+        return vae.eval()
+
+    def _in(self, dtype: torch.dtype) -> Any:
+        """The VAE in a precision, on the host; read again where its weights have been rounded to less."""
+        if self._vae.dtype != dtype:
+            if self._vae.dtype.itemsize < dtype.itemsize:
+                self._vae = self._read()
+            self._vae.to(dtype)
+        return self._vae
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         def work(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -103,17 +116,16 @@ class ModelVae:
         device = torch.device(stage.budget.device.torch_device)
         self._loaded.make_room(stage.budget.device.index, stage.bytes_needed, stage.budget.usable_bytes)
         probe.release_cached([stage.budget.device.torch_device])
-        hook = (self._vae.decoder if decode else self._vae.encoder).register_forward_pre_hook(lambda *_: self._between_chunks(stage))
+        vae = self._in(stage.dtype)
+        hook = (vae.decoder if decode else vae.encoder).register_forward_pre_hook(lambda *_: self._between_chunks(stage))
         try:
-            self._vae.to(device)
-            if self._vae.dtype != stage.dtype:
-                self._vae.to(stage.dtype)
-            self._vae.enable_tiling() if stage.tiled else self._vae.disable_tiling()
+            vae.to(device)
+            vae.enable_tiling() if stage.tiled else vae.disable_tiling()
             yield device
         finally:
             hook.remove()
-            self._vae.clear_cache()
-            self._vae.to("cpu")
+            vae.clear_cache()
+            vae.to("cpu")
             probe.release_cached([stage.budget.device.torch_device])
 
     def _between_chunks(self, stage: VaeStage) -> None:

@@ -238,7 +238,5 @@ def test_the_loader_describes_without_loading(installed: str) -> None:
 def test_the_loader_refuses_what_it_cannot_do(installed: str) -> None:
     with pytest.raises(UnsupportedError, match="Single-file checkpoints"):
         loading.make_handle(model=installed, **{**LOADER, "vae": "wan_2.1_vae.safetensors"})
-    with pytest.raises(UnsupportedError, match="execution 'parallel'"):
-        loading.make_handle(model=installed, **{**LOADER, "execution": "parallel"})
     with pytest.raises(InvalidRequestError, match="weight_dtype is 'fp4'"):
         loading.make_handle(model=installed, **{**LOADER, "weight_dtype": "fp4"})

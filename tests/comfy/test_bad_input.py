@@ -94,7 +94,6 @@ def test_damaged_models(comfy_server: ComfyServer, tiny_checkpoint: Path, damage
         ({"model": "not-here"}, {}, ["not-here", TINY_MODEL]),
         ({"model": "../wan-tiny"}, {}, ["../wan-tiny"]),
         ({"model": "single files"}, {}, ["single files", "Choose a model folder"]),
-        ({"execution": "parallel"}, {}, ["'parallel'", "Choose 'auto' or 'sequential'"]),
         ({"weight_dtype": "fp4"}, {}, ["fp4"]),
         ({"gpu0_gb": 1000.0}, {}, ["gpu0_gb"]),
         ({}, {"width": 8192, "height": 8192, "length": 4097}, ["length is 4097; Wan takes 1 to 4093"]),

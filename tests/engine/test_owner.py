@@ -17,6 +17,7 @@ from diffusers_reference import HostVae
 from imagined_gpus import ImaginedGpus
 from imagined_machine import TinyExpert, gpu, imagined_machine
 from wan_sharded.engine import Callbacks, ImageToVideoRequest, ModelHandle, VideoResult, open_model
+from wan_sharded.engine import owner as owner_module
 from wan_sharded.engine.errors import PlacementError
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
@@ -24,7 +25,6 @@ from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES
 from wan_sharded.engine.planning.devices import GIB, Machine
 from wan_sharded.engine.planning.placement import HOST
 from wan_sharded.engine.weights import expert as expert_module
-from wan_sharded.engine import owner as owner_module
 from wan_sharded.engine.weights.expert import CPU, NOWHERE
 
 MIB = 1024**2

@@ -54,8 +54,8 @@ def workers(count: int, kind: type[Worker] = Worker) -> list[Worker]:
     return [kind(i, device_of(i), new_stream(device_of(i))) for i in range(count)]
 
 
-def expert(folder, precision: Precision = Precision(F32, F32)) -> Expert:
-    return Expert("high noise expert", open_diffusers_folder(folder).experts[HIGH_NOISE], precision)
+def expert(folder, dtype: torch.dtype = F32) -> Expert:
+    return Expert("high noise expert", open_diffusers_folder(folder).experts[HIGH_NOISE], Precision(dtype, dtype))
 
 
 def placed(one: Expert, homes: list[torch.device]) -> Expert:
@@ -177,7 +177,7 @@ def test_compiled_is_as_near_to_float32_as_plain(make_checkpoint, count):
     exact_expert = placed(expert(folder), [device_of(0)])
     main = Worker(0, device_of(0))
     exact = ParallelForward(exact_expert, Crew([Share(main, 1.0)], main), BlockFunctions(exact_expert.math))
-    one = placed(expert(folder, Precision(BF16, BF16)), [device_of(0), CPU])
+    one = placed(expert(folder, BF16), [device_of(0), CPU])
     errors = {}
     for compiled in (False, True):
         team = workers(count)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from wan_sharded.engine import open_model
 from wan_sharded.engine.checkpoints.diffusers_folder import is_diffusers_folder, open_diffusers_folder
-from wan_sharded.engine.errors import CheckpointError, InvalidRequestError, UnsupportedError
+from wan_sharded.engine.errors import CheckpointError, InvalidRequestError
 from wan_sharded.engine.owner import LoadedModel
 from wan_sharded.engine.weights.precision import resolve_precision
 
@@ -257,11 +257,6 @@ def test_a_handle_is_light_and_equal_to_its_like(tiny_checkpoint: Path) -> None:
 def test_unknown_choices(tiny_checkpoint: Path, choice: dict[str, str], words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words):
         open_model(tiny_checkpoint, **choice)
-
-
-def test_what_is_still_to_come(tiny_checkpoint: Path) -> None:
-    with pytest.raises(UnsupportedError, match="Choose 'auto' or 'sequential'"):
-        open_model(tiny_checkpoint, execution="parallel")
 
 
 @pytest.mark.parametrize("name", ["/does/not/exist", "no-such-folder", "./models/wan", "C:\\models\\wan"])

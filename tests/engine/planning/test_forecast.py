@@ -1,0 +1,176 @@
+"""What a forward is expected to take: work as torch itself counts it, and what holds up which placement."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from imagined_machine import gpu, machine
+from torch.utils.flop_counter import FlopCounterMode
+from wan_sharded.engine.planning.budgets import budgets_for
+from wan_sharded.engine.planning.devices import GIB, DeviceInfo
+from wan_sharded.engine.planning.footprint import VideoShape
+from wan_sharded.engine.planning.forecast import REACHED_SHARE, Work, forecast, speed_shares
+from wan_sharded.engine.planning.placement import HOST, Placement, place_expert
+from wan_sharded.engine.weights.precision import Precision, parameter_dtypes
+
+P480 = VideoShape(832, 480, 81)
+P720 = VideoShape(1280, 720, 81)
+WAN_14B = {"width": 5120, "ffn_width": 13_824, "blocks": 40, "element_bytes": 2}
+BF16 = Precision(torch.bfloat16, torch.bfloat16)
+
+
+def timed_gpu(index: int, total_gib: float = 64, *, tflops: float | None = 100.0, link_gb_s: float | None = 25.0) -> DeviceInfo:
+    return replace(gpu(index, total_gib), speed_tflops=tflops, link_bytes_per_s=link_gb_s and link_gb_s * 1e9)
+
+
+def by_index(*devices: DeviceInfo) -> dict[int, DeviceInfo]:
+    return {device.index: device for device in devices}
+
+
+def place(model: WanTransformer3DModel, devices: Mapping[int, DeviceInfo], *, parallel: bool, offload: str = "auto") -> Placement:
+    return place_expert(
+        model,
+        budgets_for(machine(*devices.values()), {})[0],
+        device_map="balanced",
+        offload=offload,
+        activation_bytes=3 * GIB,
+        host_bytes=56 * GIB,
+        dtype=BF16.dtype,
+        special_dtypes=parameter_dtypes(model, BF16),
+        parallel=parallel,
+    )
+
+
+def seconds(model: WanTransformer3DModel, devices: Mapping[int, DeviceInfo], *, parallel: bool, shape: VideoShape = P480) -> float:
+    found = forecast(place(model, devices, parallel=parallel), devices, Work.of(shape, **WAN_14B))
+    assert found is not None
+    return found.seconds
+
+
+# ---- the work
+
+
+@pytest.mark.parametrize(("shape", "flops"), [(P480, 1.68e15), (P720, 6.52e15)], ids=str)
+def test_work_of_a_forward_by_hand(shape: VideoShape, flops: float) -> None:
+    width, ffn, text, tokens = 5120, 13_824, 512, shape.tokens
+    matrices = tokens * (6 * width**2 + 2 * width * ffn) + text * 2 * width**2
+    scores = 2 * tokens * tokens * width + 2 * tokens * text * width
+    by_hand = 40 * 2 * (matrices + scores)
+    assert by_hand == pytest.approx(flops, rel=0.005)
+    # The text's keys and values are left out.
+    assert 0.98 * by_hand < Work.of(shape, **WAN_14B).flops <= by_hand
+
+
+def test_work_of_a_block_as_torch_counts_it(wan_14b: WanTransformer3DModel) -> None:
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        rotary = (torch.empty(1, P480.tokens, 1, 128), torch.empty(1, P480.tokens, 1, 128))
+        wan_14b.blocks[0](torch.empty(1, P480.tokens, 5120), torch.empty(1, 512, 5120), torch.empty(1, 6, 5120), rotary)
+    assert Work.of(P480, **{**WAN_14B, "blocks": 1}).flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_work_of_a_batch() -> None:
+    one, two = Work.of(P480, **WAN_14B), Work.of(replace(P480, batch_size=2), **WAN_14B)
+    assert (one.tokens, two.tokens) == (32_760, 65_520)
+    assert two.flops == 2 * one.flops, "videos don't attend to each other"
+    assert one.exchanged_bytes == 40 * 32_760 * 2 * 5120 * 2
+    assert two.exchanged_bytes == 2 * one.exchanged_bytes
+
+
+# ---- speeds
+
+
+def test_shares_follow_speeds() -> None:
+    assert speed_shares(by_index(timed_gpu(0, tflops=300), timed_gpu(3, tflops=100))) == {0: 0.75, 3: 0.25}
+
+
+@pytest.mark.parametrize("unknown", [None, 0.0])
+def test_shares_are_even_where_a_speed_is_unknown(unknown: float | None) -> None:
+    assert speed_shares(by_index(timed_gpu(0, tflops=300), timed_gpu(1, tflops=unknown))) == {0: 0.5, 1: 0.5}
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("unknown", [None, 0.0])
+def test_nothing_is_expected_where_a_speed_is_unknown(wan_14b: WanTransformer3DModel, parallel: bool, unknown: float | None) -> None:
+    devices = by_index(timed_gpu(0), timed_gpu(1, tflops=unknown))
+    assert forecast(place(wan_14b, devices, parallel=parallel), devices, Work.of(P480, **WAN_14B)) is None
+
+
+# ---- all devices at once
+
+
+def test_two_equal_gpus_take_half_the_time(wan_14b: WanTransformer3DModel) -> None:
+    one, two = by_index(timed_gpu(0)), by_index(timed_gpu(0), timed_gpu(1))
+    alone = seconds(wan_14b, one, parallel=True)
+    assert alone == pytest.approx(Work.of(P480, **WAN_14B).flops / (REACHED_SHARE * 100e12))
+    assert seconds(wan_14b, two, parallel=True) == pytest.approx(alone / 2)
+    assert seconds(wan_14b, two, parallel=False) == pytest.approx(alone), "one after the other"
+
+
+def test_unequal_gpus_finish_together(wan_14b: WanTransformer3DModel) -> None:
+    devices = by_index(timed_gpu(0, tflops=100), timed_gpu(1, tflops=50))
+    found = forecast(place(wan_14b, devices, parallel=True), devices, Work.of(P480, **WAN_14B))
+    assert found is not None and found.limit == "computing"
+    assert found.seconds == pytest.approx(Work.of(P480, **WAN_14B).flops / (REACHED_SHARE * 150e12))
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_slow_link_is_the_limit_and_is_named(wan_14b: WanTransformer3DModel, slow: int) -> None:
+    devices = by_index(*(timed_gpu(index, link_gb_s=0.8 if index == slow else 25) for index in range(2)))
+    placement, work = place(wan_14b, devices, parallel=True), Work.of(P480, **WAN_14B)
+    found = forecast(placement, devices, work)
+    assert found is not None
+    assert found.limit == f"the link of GPU {slow} · Imagined 64 GB, 0.8 GB/s"
+    # Everything that lives on the other GPU, and the keys and values of the other half of the tokens.
+    foreign = sum(size for part, size in placement.sizes.items() if part.startswith("blocks.") and placement.homes[part] == 1 - slow)
+    assert found.seconds == pytest.approx((foreign + work.exchanged_bytes / 2) / 0.8e9)
+
+
+def test_what_the_host_holds_passes_every_link(wan_14b: WanTransformer3DModel) -> None:
+    """Work grows with the square of the tokens and weights do not, so it shows in small videos."""
+    small = VideoShape(320, 192, 17)
+    devices = by_index(*(timed_gpu(index) for index in range(2)))
+    work = Work.of(small, **WAN_14B)
+    on_host = place(wan_14b, devices, parallel=True, offload="cpu")
+    found = forecast(on_host, devices, work)
+    assert found is not None and found.limit.startswith("the link of GPU 0")
+    assert found.seconds == pytest.approx((on_host.weight_bytes(HOST) + work.exchanged_bytes / 2) / 25e9)
+    half_at_home = forecast(place(wan_14b, devices, parallel=True), devices, work)
+    assert half_at_home is not None and half_at_home.seconds < 0.6 * found.seconds
+
+
+def test_one_gpu_alone_exchanges_nothing(wan_14b: WanTransformer3DModel) -> None:
+    devices = by_index(timed_gpu(0, link_gb_s=0.001))
+    found = forecast(place(wan_14b, devices, parallel=True), devices, Work.of(P480, **WAN_14B))
+    assert found is not None and found.limit == "computing"
+
+
+def test_links_of_unknown_speed_hold_nothing_up(wan_14b: WanTransformer3DModel) -> None:
+    devices = by_index(*(timed_gpu(index, link_gb_s=None) for index in range(2)))
+    for parallel in (True, False):
+        found = forecast(place(wan_14b, devices, parallel=parallel, offload="cpu"), devices, Work.of(P480, **WAN_14B))
+        assert found is not None and found.limit.startswith("computing")
+
+
+# ---- one device at a time
+
+
+def test_one_at_a_time_each_computes_its_own_blocks(wan_14b: WanTransformer3DModel) -> None:
+    devices = by_index(timed_gpu(0, tflops=100), timed_gpu(1, tflops=25))
+    placement, work = place(wan_14b, devices, parallel=False), Work.of(P480, **WAN_14B)
+    found = forecast(placement, devices, work)
+    assert found is not None and found.limit == "computing, one GPU at a time"
+    on_second = sum(home == 1 for part, home in placement.homes.items() if part.startswith("blocks."))
+    assert 0 < on_second < 40
+    expected = work.flops / 40 * ((40 - on_second) / 100e12 + on_second / 25e12) / REACHED_SHARE
+    assert found.seconds == pytest.approx(expected)
+
+
+def test_one_at_a_time_waits_for_what_the_host_holds(wan_14b: WanTransformer3DModel) -> None:
+    devices = by_index(timed_gpu(0, link_gb_s=1))
+    placement, work = place(wan_14b, devices, parallel=False, offload="cpu"), Work.of(P480, **WAN_14B)
+    found = forecast(placement, devices, work)
+    fetched = sum(size for part, size in placement.sizes.items() if part.startswith("blocks."))
+    assert found is not None and found.limit == "the link of GPU 0 · Imagined 64 GB"
+    assert found.seconds == pytest.approx(work.flops / (REACHED_SHARE * 100e12) + fetched / 1e9)

@@ -1,0 +1,144 @@
+"""How tokens are shared out: exactly, in proportion, within limits; and corrected from measured times in one step."""
+
+import random
+
+import pytest
+from wan_sharded.engine.planning.shares import WORTHWHILE_GAIN, better_speeds, proportions, share_tokens, token_ranges
+
+TOKENS = 32_760
+
+
+def random_speeds(dice: random.Random) -> list[float]:
+    """Of one to eight devices, from equal to a thousand times as fast; some at 0, never all."""
+    speeds = [dice.choice([0.0, 1.0, 1.0, 10 ** dice.uniform(-1.5, 1.5)]) for _ in range(dice.randint(1, 8))]
+    speeds[dice.randrange(len(speeds))] = dice.uniform(0.5, 2)
+    return speeds
+
+
+def random_limits(dice: random.Random, count: int) -> list[float]:
+    """Fractions up to 1 whose sum is 1 or more, often hardly more."""
+    parts = [dice.uniform(0.01, 1) for _ in range(count)]
+    return [min(1.0, part / sum(parts) * dice.choice([1.0, 1.02, 1.5, 4.0]) + 1e-9) for part in parts]
+
+
+def test_nothing_is_lost_and_nobody_is_off_by_more_than_a_token() -> None:
+    dice = random.Random(1)
+    for _ in range(2000):
+        tokens, speeds = dice.choice([1, 2, 7, 105, TOKENS, 75_600, 10**6 + 3]), random_speeds(dice)
+        shares = share_tokens(tokens, speeds)
+        assert sum(shares) == tokens and min(shares) >= 0, (tokens, speeds, shares)
+        for share, speed in zip(shares, speeds, strict=True):
+            assert abs(share - tokens * speed / sum(speeds)) <= 1 + 1e-6, (tokens, speeds, shares)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "speeds", "shares"),
+    [
+        (10, [1.0], [10]),
+        (105, [3.0, 1.0], [79, 26]),
+        (TOKENS, [1.0, 1.0], [16_380, 16_380]),
+        (2, [1.0, 1.0, 1.0], [1, 0, 1]),
+        (100, [0.0, 5.0, 0.0], [0, 100, 0]),
+        (100, [800, 200], [80, 20]),
+    ],
+    ids=str,
+)
+def test_shares_by_hand(tokens: int, speeds: list[float], shares: list[int]) -> None:
+    assert share_tokens(tokens, speeds) == shares
+
+
+def test_limits_are_kept_and_what_is_cut_off_goes_to_the_others_in_proportion() -> None:
+    assert share_tokens(1000, [8, 1, 1], [0.5, 1, 1]) == [500, 250, 250]
+    assert share_tokens(1000, [6, 3, 1], [0.4, 1, 1]) == [400, 450, 150]
+    # The second is over its limit only with what the first may not take.
+    assert share_tokens(1000, [6, 3, 1], [0.4, 0.4, 1]) == [400, 400, 200]
+    # Even to one that is not expected to do anything.
+    assert share_tokens(1000, [1, 0], [0.7, 1]) == [700, 300]
+    assert share_tokens(1000, [5, 1, 1], [0.25, 0.25, 0.5]) == [250, 250, 500]
+
+
+def test_limits_of_random_machines() -> None:
+    dice = random.Random(2)
+    cut = 0
+    for _ in range(2000):
+        tokens, speeds = dice.choice([3, 105, TOKENS]), random_speeds(dice)
+        most = random_limits(dice, len(speeds))
+        shares = share_tokens(tokens, speeds, most)
+        case = (tokens, speeds, most, shares)
+        assert sum(shares) == tokens and min(shares) >= 0, case
+        assert all(share <= limit * tokens + 1 + 1e-6 for share, limit in zip(shares, most, strict=True)), case
+        free = [i for i, share in enumerate(shares) if share < most[i] * tokens - 2 and speeds[i] > 0]
+        # Whoever is not at a limit has as much as the others in proportion to the speed.
+        for i in free:
+            for j in free:
+                assert abs(shares[i] * speeds[j] - shares[j] * speeds[i]) <= speeds[i] + speeds[j] + 1e-6, case
+        cut += shares != share_tokens(tokens, speeds)
+    assert 200 < cut < 1900, "the cases must be of both kinds"
+
+
+@pytest.mark.parametrize("speeds", [[], [0.0], [0.0, 0.0], [1.0, -0.5]], ids=str)
+def test_impossible_speeds(speeds: list[float]) -> None:
+    with pytest.raises(ValueError, match="at least one must be above 0, and none below"):
+        share_tokens(10, speeds)
+
+
+def test_impossible_limits() -> None:
+    with pytest.raises(ValueError, match=r"the largest shares \[0.5, 0.4\] leave tokens over"):
+        share_tokens(10, [1, 1], [0.5, 0.4])
+    assert share_tokens(10, [1, 1], [0.5, 0.5]) == [5, 5]
+
+
+def seconds_of(shares: list[int], speeds: list[float]) -> list[float]:
+    return [share / speed for share, speed in zip(shares, speeds, strict=True)]
+
+
+def test_one_correction_is_enough_for_constant_speeds() -> None:
+    dice = random.Random(3)
+    corrected = 0
+    for _ in range(500):
+        real = [10 ** dice.uniform(2, 4) for _ in range(dice.randint(2, 8))]
+        guessed = [speed * dice.uniform(0.3, 3) for speed in real]
+        most = random_limits(dice, len(real)) if dice.random() < 0.5 else None
+        shares = share_tokens(TOKENS, guessed, most)
+        seconds = seconds_of(shares, real)
+        found = better_speeds(shares, seconds, most)
+        if found is None:
+            continue
+        assert found == pytest.approx(real)
+        again = share_tokens(TOKENS, found, most)
+        faster = seconds_of(again, real)
+        assert max(faster) < (1 - WORTHWHILE_GAIN) * max(seconds)
+        if most is None:
+            assert max(faster) < 1.02 * TOKENS / sum(real)
+        assert better_speeds(again, faster, most) is None
+        corrected += 1
+    assert corrected > 300
+
+
+def test_devices_that_finish_together_are_left_alone() -> None:
+    assert better_speeds([60, 40], [1.0, 1.0]) is None
+    assert better_speeds([6000, 4000], [1.0, 1.01]) is None, "what would be gained is not worth a change"
+    assert better_speeds([6000, 4000], [1.0, 1.3]) == pytest.approx([6000, 4000 / 1.3])
+    # Unequal, but the one that could do more may not.
+    assert better_speeds([7000, 3000], [1.0, 2.0], [0.7, 1.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("shares", "seconds"), [([100], [1.0]), ([100, 0], [1.0, 0.0]), ([100, 50], [1.0, 0.0]), ([0, 50], [1.0, 1.0])], ids=str
+)
+def test_nothing_is_learnt_where_nothing_was_measured(shares: list[int], seconds: list[float]) -> None:
+    assert better_speeds(shares, seconds) is None
+
+
+def test_ranges_cover_all_tokens_in_order() -> None:
+    assert token_ranges([3, 0, 5]) == [slice(0, 3), slice(3, 3), slice(3, 8)]
+    dice = random.Random(4)
+    for _ in range(200):
+        shares = share_tokens(dice.choice([1, 105, 1000]), random_speeds(dice))
+        ranges = token_ranges(shares)
+        assert [index for span in ranges for index in range(span.start, span.stop)] == list(range(sum(shares)))
+        assert [span.stop - span.start for span in ranges] == shares
+
+
+def test_proportions() -> None:
+    assert proportions({2: 3.0, 0: 1.0}) == {2: 0.75, 0: 0.25}

@@ -1,0 +1,131 @@
+"""Which way a plan chooses: which GPUs take part, all at once or one after the other, and the reason it gives."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from imagined_machine import TinyExpert, gpu, machine
+from wan_sharded.engine import open_model
+from wan_sharded.engine.errors import PlacementError
+from wan_sharded.engine.owner import ModelOwner
+from wan_sharded.engine.planning.devices import GIB, DeviceInfo
+from wan_sharded.engine.planning.footprint import VideoShape
+from wan_sharded.engine.planning.placement import HOST
+from wan_sharded.engine.plans import Plan
+
+P480 = VideoShape(832, 480, 81)
+TINY = VideoShape(64, 48, 5)
+
+
+def timed(index: int, *, tflops: float | None = 1.0, link_gb_s: float = 25.0, total_gib: float = 64) -> DeviceInfo:
+    return replace(gpu(index, total_gib), speed_tflops=tflops, link_bytes_per_s=link_gb_s * 1e9)
+
+
+def plan_of(checkpoint: Path, *devices: DeviceInfo, shape: VideoShape = P480, **options: object) -> Plan:
+    return ModelOwner().dry_plan(open_model(checkpoint, weight_dtype="fp32", **options), machine(*devices), shape)
+
+
+def taking_part(plan: Plan) -> list[int]:
+    return [budget.device.index for budget in plan.budgets]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_all_gpus_take_part_where_nothing_speaks_against_it(tiny_checkpoint: Path, count: int) -> None:
+    plan = plan_of(tiny_checkpoint, *(timed(index, tflops=1 + index) for index in range(count)))
+    assert plan.parallel and taking_part(plan) == list(range(count))
+    assert not [note for note in plan.notes if "left out" in note or "at a time" in note]
+    speeds = [1 + index for index in range(count)]
+    assert plan.shares == pytest.approx({index: speed / sum(speeds) for index, speed in enumerate(speeds)})
+    alone = plan_of(tiny_checkpoint, timed(0))
+    assert plan.expected is not None and alone.expected is not None
+    assert plan.expected.seconds == pytest.approx(alone.expected.seconds / sum(speeds))
+
+
+def test_all_gpus_take_part_where_speeds_are_unknown(tiny_checkpoint: Path) -> None:
+    plan = plan_of(tiny_checkpoint, timed(0, link_gb_s=0.001), timed(1, tflops=None))
+    assert plan.parallel and taking_part(plan) == [0, 1]
+    assert plan.shares == {0: 0.5, 1: 0.5} and plan.expected is None
+
+
+def test_a_gpu_behind_an_awfully_slow_link_is_left_out(tiny_checkpoint: Path) -> None:
+    plan = plan_of(tiny_checkpoint, timed(0), timed(1, tflops=0.8, link_gb_s=0.01))
+    assert plan.parallel and taking_part(plan) == [0]
+    (note,) = [note for note in plan.notes if "left out" in note]
+    found = re.fullmatch(
+        r"GPU 1 · Imagined 64 GB is left out: a forward is expected to take ([\d.]+) s so, and ([\d.]+) s with all GPUs at once, "
+        r"held up by the link of GPU 1 · Imagined 64 GB, 0.0 GB/s\.",
+        note,
+    )
+    assert found, note
+    assert 0 < float(found[1]) < float(found[2])
+    assert plan.expected is not None and f"{plan.expected.seconds:.1f}" == found[1]
+    everybody = plan_of(tiny_checkpoint, timed(0), timed(1, tflops=0.8, link_gb_s=0.01), execution="parallel")
+    assert everybody.expected is not None and f"{everybody.expected.seconds:.1f}" == found[2]
+    assert taking_part(everybody) == [0, 1], "what is asked for is done"
+
+
+def test_only_what_slows_the_others_down_is_left_out(tiny_checkpoint: Path) -> None:
+    plan = plan_of(tiny_checkpoint, timed(0), timed(1, tflops=0.5, link_gb_s=0.01), timed(2))
+    assert plan.parallel and taking_part(plan) == [0, 2]
+    assert plan.shares == {0: 0.5, 2: 0.5}
+
+
+def test_a_slow_gpu_behind_a_good_link_takes_part(tiny_checkpoint: Path) -> None:
+    plan = plan_of(tiny_checkpoint, timed(0), timed(1, tflops=0.1))
+    assert plan.parallel and taking_part(plan) == [0, 1]
+
+
+@pytest.fixture
+def heavy(make_checkpoint: Callable[..., Path]) -> Path:
+    """8 blocks of 3 MiB in float32."""
+    return make_checkpoint(num_blocks=8, num_heads=16)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_one_at_a_time_where_all_at_once_does_not_fit(heavy: Path, known: bool) -> None:
+    """All at once needs room for two fetched blocks, one at a time for one at most."""
+    expert = TinyExpert(heavy)
+    others = expert.total_bytes - 8 * expert.block_bytes
+    sliders = expert.sliders(TINY, [1.5 * expert.block_bytes + others])
+    device = timed(0, tflops=1.0 if known else None)
+    plan = plan_of(heavy, device, shape=TINY, max_memory_gib=sliders, offload="cpu")
+    assert not plan.parallel and taking_part(plan) == [0]
+    assert "One GPU computes at a time, and fetches no block ahead: everything else needs more memory than the GPUs may use." in plan.notes
+    assert plan_of(heavy, device, shape=TINY, offload="cpu").parallel, "only for want of memory"
+    with pytest.raises(PlacementError, match="for activations and the block being fetched"):
+        plan_of(heavy, device, shape=TINY, max_memory_gib=sliders, offload="cpu", execution="parallel")
+
+
+def test_a_gpu_too_small_for_its_part_is_left_out(heavy: Path) -> None:
+    expert = TinyExpert(heavy)
+    sliders = {0: 0.0, 1: expert.slider_gib(TINY, 1.5 * expert.block_bytes)}
+    plan = plan_of(heavy, timed(0), timed(1, tflops=0.5), shape=TINY, max_memory_gib=sliders)
+    assert plan.parallel and taking_part(plan) == [0]
+    assert "GPU 1 · Imagined 64 GB is left out: everything else needs more memory than the GPUs may use." in plan.notes
+
+
+def test_one_at_a_time_where_links_are_slower_than_that(heavy: Path) -> None:
+    """Neither GPU holds all blocks; one after the other, none of them has to travel."""
+    expert = TinyExpert(heavy)
+    sliders = expert.sliders(TINY, [0.8 * expert.total_bytes] * 2)
+    slow = [timed(index, link_gb_s=0.001, tflops=1 + index) for index in range(2)]
+    plan = plan_of(heavy, *slow, shape=TINY, max_memory_gib=sliders)
+    assert not plan.parallel and taking_part(plan) == [0, 1]
+    assert HOST not in plan.placements["transformer"].homes.values()
+    (note,) = [note for note in plan.notes if "One GPU computes at a time" in note]
+    assert "with all GPUs at once, held up by the link of GPU 0" in note
+    assert plan_of(heavy, *(timed(index) for index in range(2)), shape=P480).parallel
+
+
+@pytest.mark.parametrize(("execution", "parallel"), [("parallel", True), ("sequential", False)])
+def test_what_is_asked_for_is_done(tiny_checkpoint: Path, execution: str, parallel: bool) -> None:
+    plan = plan_of(tiny_checkpoint, timed(0), timed(1), execution=execution)
+    assert plan.parallel == parallel and taking_part(plan) == [0, 1]
+    assert plan.shares == ({0: 0.5, 1: 0.5} if parallel else {0: 1.0, 1: 1.0})
+
+
+def test_a_cpu_computes_one_block_after_the_other(tiny_checkpoint: Path) -> None:
+    cpu = DeviceInfo(0, "CPU", "cpu", 64 * GIB, 60 * GIB, is_gpu=False)
+    assert not plan_of(tiny_checkpoint, cpu, shape=TINY).parallel
