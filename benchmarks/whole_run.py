@@ -9,6 +9,7 @@ allocator held to the same caps, once as written and once with room left for act
 
 import argparse
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -87,9 +88,11 @@ def cap(gib: list[float]) -> None:
         torch.cuda.set_per_process_memory_fraction((limit * GIB - CONTEXT_BYTES) / torch.cuda.get_device_properties(i).total_memory, i)
 
 
-def sharded_case(folder: Path, shape: VideoShape, dtype: str, device_map: str, gib: list[float], baseline: list[int], steps: int) -> Row:
+def sharded_case(
+    folder: Path, shape: VideoShape, dtype: str, device_map: str, execution: str, gib: list[float], baseline: list[int], steps: int
+) -> Row:
     """One video by this pack."""
-    row = Row(str(shape), f"wan-sharded {device_map}", len(gib), dtype)
+    row = Row(str(shape), f"wan-sharded {device_map}, {execution}", len(gib), dtype)
     stages: list[str] = []
     began = time.perf_counter()
 
@@ -105,7 +108,7 @@ def sharded_case(folder: Path, shape: VideoShape, dtype: str, device_map: str, g
         on_step=lambda report: stamp(f"step {report.step} {report.seconds:.2f} s"),
     )
     try:
-        handle = open_model(folder, weight_dtype=dtype, device_map=device_map, max_memory_gib=dict(enumerate(gib)))
+        handle = open_model(folder, weight_dtype=dtype, device_map=device_map, execution=execution, max_memory_gib=dict(enumerate(gib)))
         picture = torch.rand(shape.height, shape.width, 3, generator=torch.Generator().manual_seed(1))
         request = ImageToVideoRequest(
             image=picture,
@@ -120,7 +123,7 @@ def sharded_case(folder: Path, shape: VideoShape, dtype: str, device_map: str, g
         )
         with watched(baseline) as watch:
             result = IMAGE_TO_VIDEO(handle, request, callbacks)
-        print(result.placement, flush=True)
+        print(result.placement, *result.notes, sep="\n", flush=True)
         plan = OWNER.loaded.plan
         on_gpu = [len([1 for home in p.homes.values() if home != "cpu"]) for p in plan.placements.values()]
         seconds = sorted(result.step_seconds[1 : steps // 2] + result.step_seconds[steps // 2 + 1 :])
@@ -197,6 +200,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--cases", default="int8,fp8_e4m3fn,bf16")
     parser.add_argument("--maps", default="balanced,auto")
+    parser.add_argument("--executions", default="auto", help="auto, parallel, sequential")
     parser.add_argument("--size", type=int, nargs=3, default=[832, 480, 81], metavar=("WIDTH", "HEIGHT", "FRAMES"))
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--no-guide", action="store_true")
@@ -212,9 +216,9 @@ def main() -> None:
     print(f"activations expected: {transformer_activation_bytes(shape, 5120, 2, probe.fragmentation()) / GIB:.2f} GiB", flush=True)
     rows = []
     for dtype in a.cases.split(","):
-        for device_map in a.maps.split(","):
+        for device_map, execution in itertools.product(a.maps.split(","), a.executions.split(",")):
             if time.perf_counter() - began < a.seconds:
-                rows.append(sharded_case(a.checkpoint, shape, dtype, device_map, a.gib, baseline, a.steps))
+                rows.append(sharded_case(a.checkpoint, shape, dtype, device_map, execution, a.gib, baseline, a.steps))
         clean()
     if not a.no_guide:
         cap(a.gib)

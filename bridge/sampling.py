@@ -82,7 +82,7 @@ def sample_i2v(
     result = IMAGE_TO_VIDEO(handle, request, progress.callbacks, vae=vae, reserved_bytes=memory.reserved_bytes())
     show_on_node(handle.node_id, result.placement)
     text = "\n".join((*notes, *result.notes))
-    for line in (*notes, *result.notes):
+    for line in (*result.placement.splitlines(), *notes, *result.notes):
         logger.info("Wan I2V Sampler: %s", line)
     return result.frames, {"samples": result.latents}, text
 

@@ -33,9 +33,13 @@ SHARE_MARGIN = 1.15
 class PlannedModel(Protocol):
     """What a plan needs to know of a loaded model."""
 
-    experts: Mapping[str, Expert]
     precision: Precision
     learned_reserve_bytes: dict[int, int]
+
+    @property
+    def experts(self) -> Mapping[str, Expert]:
+        """Both experts by part name."""
+        ...
 
     def resident_bytes(self, device: torch.device) -> int:
         """Bytes of weights on a device, both experts."""

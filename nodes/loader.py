@@ -61,13 +61,13 @@ class WanShardedLoader(io.ComfyNode):
                     "device_map",
                     options=["auto", "balanced"],
                     default="balanced",
-                    tooltip="How blocks are shared out (as in accelerate). balanced: as evenly over the GPUs as their limits allow. auto: fill GPU 0 first, then GPU 1, and so on.",
+                    tooltip="Where the blocks' weights live (as in accelerate). balanced: as evenly over the GPUs as their limits allow. auto: fill GPU 0 first, then GPU 1, and so on. Who computes them is the choice of execution.",
                 ),
                 io.Combo.Input(
                     "execution",
                     options=["auto", "parallel", "sequential"],
                     default="auto",
-                    tooltip="sequential: one GPU computes at a time, layer after layer. auto: the same in this version. parallel (all GPUs compute every block) is not in this version yet and stops with an error.",
+                    tooltip="Who computes. parallel: all GPUs compute every block, each on its share of the video, by measured speed. sequential: one GPU at a time, block after block. auto: parallel with all GPUs, with fewer where one would slow the others down, or sequential where parallel does not fit or would be slower. The text on the node says what was chosen and why.",
                 ),
                 io.Combo.Input(
                     "offload",

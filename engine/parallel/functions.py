@@ -1,7 +1,8 @@
 """A block's halves as the workers call them: plain, or compiled where that pays.
 
 Compiling fuses what stands between the matrix products, a seventh of a forward's time on an H200. It costs some seconds per device
-once, and needs Triton (and a C compiler); where it fails, the plain functions go on and a note says why.
+once, and needs Triton (and a C compiler); where it fails, the plain functions go on and a note says why. Quantized weights are torchao's
+tensors, which take far longer to compile and have not been measured: they are computed plainly.
 """
 
 import logging
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 # What compiling takes per device, and what of a forward's time it is expected to save (benchmarks/parallel.py).
 COMPILE_SECONDS = 10.0
-SAVED_SHARE = 0.12
+SAVED_SHARE = 0.1
 
 
 def can_compile() -> bool:
@@ -44,15 +45,22 @@ class BlockFunctions:
 
     Args:
         math: the arithmetic.
+        compilable: whether compiling is to be considered at all.
     """
 
-    def __init__(self, math: BlockMath):
+    def __init__(self, math: BlockMath, *, compilable: bool = True):
         self.math = math
+        self._compilable = compilable
         self.compiled = False
         self.failure: str | None = None
         self._project: Callable[..., Any] = math.project
         self._project_into: Callable[..., Any] = math.project_into
         self._finish: Callable[..., Any] = math.finish
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether there is anything to try."""
+        return self._compilable and not self.compiled and self.failure is None and can_compile()
 
     def compile(self) -> None:
         """Use compiled halves from the next call on; the work is done at the first call on each device."""

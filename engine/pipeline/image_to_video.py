@@ -15,9 +15,10 @@ from .. import probe
 from ..checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE
 from ..errors import InvalidRequestError
 from ..handle import ModelHandle
-from ..owner import LoadedModel, ModelOwner
-from ..parallel.forward import Timing
-from ..planning.devices import Machine
+from ..loaded import LoadedModel
+from ..owner import ModelOwner
+from ..parallel.state import Timing
+from ..planning.devices import GIB, Machine, gib
 from ..planning.report import how_lines, placement_report
 from ..plans import Plan
 from .callbacks import Callbacks, StepReport
@@ -28,6 +29,9 @@ from .text import MAX_TOKENS, PromptEmbeddings
 from .vae import ModelVae, PipelineVae, VideoVae, frames_from_video, latents_for_decoding
 
 logger = logging.getLogger(__name__)
+
+# What a slider should be lowered by after all else has failed: about what other programs and fragmentation take.
+LOWER_BY_GIB = 1.5
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,24 @@ class ImageToVideo:
                         return _Run(loaded, handle, request, callbacks, self._embeddings).make(vae)
                 finally:
                     loaded.clear_fetch_rooms()
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
+                words = self._out_of_memory_words(str(error))
                 # The application may free memory and try again; what we hold must not be in its way.
                 self.owner.release()
-                raise
+                raise torch.OutOfMemoryError(f"{words} ({error})") from error
+
+    def _out_of_memory_words(self, message: str) -> str:
+        """Which GPU it was, and the slider that would leave more for others."""
+        loaded = self.owner.loaded
+        if loaded is None or loaded.plan is None:
+            return "Out of memory before anything was placed."
+        device = loaded.failed_device(message)
+        limit = loaded.plan.budget(device.index).limit_bytes
+        value = max(0.5, int((limit / GIB - LOWER_BY_GIB) * 2) / 2)
+        return (
+            f"{device.label} ran out of memory, and moving weights to system memory was not enough or not allowed. It was used up to "
+            f"{gib(limit)}: set its slider to {value:g}, make the video smaller or shorter, or close other programs that use it."
+        )
 
     @staticmethod
     def _limits(loaded: LoadedModel) -> dict[str, int]:

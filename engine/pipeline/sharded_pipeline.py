@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import WanImageToVideoPipeline
 
-from ..owner import LoadedModel
+from ..loaded import LoadedModel
 from .callbacks import Callbacks
 
 

@@ -17,7 +17,7 @@ from .. import probe
 from ..checkpoints.diffusers_folder import weight_files
 from ..checkpoints.safetensors_header import ELEMENT_BITS, read_header
 from ..errors import CheckpointError
-from ..owner import LoadedModel
+from ..loaded import LoadedModel
 from ..planning.devices import GIB
 from .callbacks import Callbacks
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import probe
 from ..errors import CheckpointError
-from ..owner import LoadedModel
+from ..loaded import LoadedModel
 from ..planning.footprint import VideoShape
 from ..planning.vae_stage import VaeStage, vae_stages
 

@@ -93,7 +93,7 @@ def _parallel(placement: Placement, devices: Mapping[int, DeviceInfo], work: Wor
         keys = work.exchanged_bytes * (1 - shares[index]) if len(devices) > 1 else 0.0
         link = _link_seconds(device, fetched + keys)
         if max(computing, link) > worst.seconds:
-            words = "computing" if computing >= link else f"the link of {device.label}, {device.link_bytes_per_s / 1e9:.1f} GB/s"
+            words = "computing" if computing >= link else f"the link of {device.label}, {(device.link_bytes_per_s or 0) / 1e9:.1f} GB/s"
             worst = Forecast(max(computing, link), words)
     return worst
 

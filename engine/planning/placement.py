@@ -163,13 +163,18 @@ def _place_parallel(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
     # The first, not the roomiest: what is free changes a little from run to run, and weights must not wander for that.
     main = next((i for i, size in room.items() if size >= others + fetched), max(room, key=lambda index: room[index]))
     blocks = replace(wish, sizes=wish.block_sizes)
-    for fetch_bytes in (fetched,) if len(budgets) > 1 else (0, fetched):
-        homes, notes = _homes(blocks, {i: max(0, size - fetch_bytes - (others if i == main else 0)) for i, size in room.items()})
-        if fetch_bytes or HOST not in homes.values():
-            break
+    fetch_bytes = fetched if len(budgets) > 1 else 0
+    homes, notes = _homes(blocks, _room_for_blocks(room, fetch_bytes, main, others))
+    if not fetch_bytes and HOST in homes.values():
+        fetch_bytes = fetched
+        homes, notes = _homes(blocks, _room_for_blocks(room, fetch_bytes, main, others))
     reserve = {index: size + fetch_bytes for index, size in wish.activation_bytes.items()}
     every = {part: homes.get(part, main) for part in wish.sizes}
     return Placement(every, wish.sizes, reserve, main, budgets, notes, parallel=True)
+
+
+def _room_for_blocks(room: Mapping[int, int], fetch_bytes: int, main: int, others_bytes: int) -> dict[int, int]:
+    return {index: max(0, size - fetch_bytes - (others_bytes if index == main else 0)) for index, size in room.items()}
 
 
 def _place_sequential(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:

@@ -6,6 +6,7 @@ is registered with the driver instead, to the byte, and unregistered when its la
 
 import logging
 import weakref
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ def host_buffer(size_bytes: int) -> torch.Tensor:
     memory = np.empty(max(1, size_bytes), dtype=np.uint8)
     tensor = torch.from_numpy(memory)[:size_bytes]
     if torch.cuda.is_available():
-        runtime = torch.cuda.cudart()
+        runtime: Any = torch.cuda.cudart()
         pointer = memory.ctypes.data
         error = runtime.cudaHostRegister(pointer, memory.nbytes, 0)
         if int(error) == 0:

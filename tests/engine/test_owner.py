@@ -17,7 +17,7 @@ from diffusers_reference import HostVae
 from imagined_gpus import ImaginedGpus
 from imagined_machine import TinyExpert, gpu, imagined_machine
 from wan_sharded.engine import Callbacks, ImageToVideoRequest, ModelHandle, VideoResult, open_model
-from wan_sharded.engine import owner as owner_module
+from wan_sharded.engine import loaded as loaded_module
 from wan_sharded.engine.errors import PlacementError
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
@@ -206,9 +206,9 @@ def test_nothing_is_parked_where_the_host_is_full(
     bench: Callable[..., Bench], checkpoint: Path, make_request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full:
-        available = owner_module.HOST_RESERVE_BYTES + MIB
+        available = loaded_module.HOST_RESERVE_BYTES + MIB
 
-    monkeypatch.setattr(owner_module.psutil, "virtual_memory", lambda: Full)
+    monkeypatch.setattr(loaded_module.psutil, "virtual_memory", lambda: Full)
     expert = TinyExpert(checkpoint, "bf16")
     one = bench()
     handle = open_model(checkpoint, weight_dtype="bf16", max_memory_gib=sliders(expert, make_request, 1.1))
@@ -430,7 +430,7 @@ def test_what_cannot_be_helped_is_raised_and_everything_let_go(bench: Callable[.
     """So that ComfyUI can unload models and report it; and the next run works."""
     one = bench(capacity={0: 8 * MIB})
     handle = open_model(checkpoint, weight_dtype="fp32", offload="none")
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match=r"GPU 0 .* set its slider to [\d.]+"):
         one.run(handle)
     gc.collect()
     assert one.owner.loaded is None

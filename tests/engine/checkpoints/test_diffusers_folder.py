@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from wan_sharded.engine import open_model
 from wan_sharded.engine.checkpoints.diffusers_folder import is_diffusers_folder, open_diffusers_folder
 from wan_sharded.engine.errors import CheckpointError, InvalidRequestError
-from wan_sharded.engine.owner import LoadedModel
+from wan_sharded.engine.loaded import LoadedModel
 from wan_sharded.engine.weights.precision import resolve_precision
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -1,0 +1,88 @@
+"""Two GPUs of different speed on one forward: one of them is limited to a part of its multiprocessors.
+
+    python benchmarks/unequal.py [--sms 44,66] [--size 832x480x81] [--layers 40]
+
+For each limit: the fast GPU alone, the limited one alone, both together with shares by measured speed, and both with equal shares, as
+packs do that split evenly. ``note`` says what the forward takes over 1 / (sum of the two speeds), the best there is. The limit is a
+green context of the second GPU: kernels queued on its stream have so many multiprocessors. Memory and links stay those of the GPU.
+"""
+
+import argparse
+import os
+import sys
+
+import torch
+from parallel import ROOT, clean, place, relative, timed_forward
+from random_expert import random_expert, random_inputs
+from record import Row, record
+from wan_sharded.engine.parallel.crew import Crew, Share
+from wan_sharded.engine.parallel.forward import ParallelForward
+from wan_sharded.engine.parallel.functions import BlockFunctions
+from wan_sharded.engine.parallel.workers import Worker
+
+
+def measure(expert, inputs, workers: list[Worker], repeats: int, *, equal: bool = False, staged: bool | None = None):
+    """Median seconds of a forward, the outputs, and the shares in words."""
+    crew = Crew([Share(worker, 1.0, range_tokens=1 << 30) for worker in workers], workers[0], staged=staged)
+    forward = ParallelForward(expert, crew, BlockFunctions(expert.math), forwards_left=lambda: 10**6)
+    if equal:
+        forward._learn = lambda states: [setattr(state.worker, "is_timed", True) for state in states]
+    with torch.inference_mode():
+        for _ in range(2):  # calibrates, compiles, corrects the shares
+            forward(**inputs[0], return_dict=False)
+    seconds, _, outputs = timed_forward(forward, inputs, repeats)
+    words = "equal shares" if equal else "tokens " + "/".join(str(t.tokens) for t in forward.timings)
+    return seconds, outputs, words
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sms", default="44,66", help="multiprocessors left to the second GPU")
+    parser.add_argument("--size", default="832x480x81")
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--name", default="unequal", help="of the results file; empty: print only")
+    a = parser.parse_args()
+    if torch.cuda.device_count() < 2:
+        sys.exit("needs two GPUs")
+    from torch.cuda.green_contexts import GreenContext
+
+    fast, slow = (torch.device("cuda", i) for i in range(2))
+    inputs = [random_inputs(*(int(n) for n in a.size.split("x")), fast, torch.bfloat16, seed) for seed in range(2)]
+    rows: list[Row] = []
+    reference = None
+    for sms in (int(n) for n in a.sms.split(",")):
+        expert = random_expert(fast, num_layers=a.layers)
+        place(expert, [fast], fast)
+        alone, outputs, _ = measure(expert, inputs, [Worker(0, fast)], a.repeats)
+        reference = reference or outputs
+        place(expert, [slow], slow)
+        context = GreenContext.create(num_sms=sms, device_id=1)
+
+        def limited(context=context) -> Worker:
+            return Worker(1, slow, context.Stream())
+
+        other, _, _ = measure(expert, inputs, [limited()], a.repeats)
+        best = 1 / (1 / alone + 1 / other)
+        limit = f"second GPU with {sms} of {torch.cuda.get_device_properties(slow).multi_processor_count} multiprocessors"
+        rows.append(Row(a.size, "fast GPU alone", 1, "bf16", alone))
+        rows.append(Row(a.size, f"limited GPU alone, {sms} multiprocessors", 1, "bf16", other))
+        place(expert, [fast, slow], fast)
+        for what, options in {
+            "wan-sharded": {},
+            "wan-sharded, equal shares": {"equal": True},
+            "wan-sharded, copies staged": {"staged": True},
+        }.items():
+            seconds, outputs, words = measure(expert, inputs, [Worker(0, fast), limited()], a.repeats, **options)
+            row = Row(a.size, what, 2, "bf16", seconds, rel_err=relative(outputs, reference))
+            row.note = f"{limit}; {words}; {seconds / best:.3f} of the best, {best:.2f} s"
+            rows.append(row)
+            print(row, flush=True)
+        del expert
+        clean()
+    command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
+    record(a.name, "GPUs of different speed: seconds of one forward", command, rows, append=bool(a.name))
+
+
+if __name__ == "__main__":
+    main()

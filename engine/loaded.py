@@ -1,0 +1,348 @@
+"""Both experts of one model in memory: where their parts are, who computes, and what makes room for what.
+
+Made and kept by the owner of loaded models; the pipeline asks it for an expert, or for room on a device. Knows no files and no pictures.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import psutil
+import torch
+
+from . import probe
+from .checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE
+from .handle import ModelHandle
+from .parallel.crew import Crew, Share
+from .parallel.forward import ParallelForward
+from .parallel.functions import BlockFunctions
+from .parallel.state import Timing
+from .parallel.workers import Worker
+from .planning.devices import GIB, DeviceInfo
+from .planning.footprint import affordable_range_tokens
+from .planning.placement import HOST, Placement
+from .plans import HOST_RESERVE_BYTES, Plan
+from .weights.expert import CPU, Expert
+from .weights.host_memory import HostPool
+from .weights.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+# Called with (parts done, parts in all, what is being loaded); may raise to cancel.
+OnLoad = Callable[[int, int, str], None]
+# What moves to the host at a time when a forward runs out of memory.
+SHED_BYTES = GIB
+
+
+class LoadedModel:
+    """Both experts of one model in memory. Made and kept by :class:`ModelOwner` only."""
+
+    def __init__(self, handle: ModelHandle, precision: Precision):
+        self._host_pool = HostPool()
+        self.experts: Mapping[str, Expert] = {
+            part: Expert(EXPERT_WORDS[part], files, precision, self._host_pool) for part, files in handle.folder.experts.items()
+        }
+        self.precision = precision
+        self.plan: Plan | None = None
+        # Device index -> what was given up there after running out of memory; later plans keep it free.
+        self.learned_reserve_bytes: dict[int, int] = {}
+        # The most the allocator should hold on each device during the current run; read anew before every block.
+        self.ceilings: dict[torch.device, int] = {}
+        # Of the current run; decides whether compiling pays.
+        self.forwards_left = 0
+        self.functions = BlockFunctions(self.experts[HIGH_NOISE].math, compilable=not precision.quantized)
+        self._crew: Crew | None = None
+        self._crew_key: tuple[Any, ...] = ()
+        self._calls: dict[str, Callable[..., Any]] = {}
+        self._dispatched: dict[str, Placement] = {}
+        self._check_cancelled: Callable[[], None] = lambda: None
+        self._on_stage: Callable[[str], None] = lambda words: None
+
+    def set_plan(self, plan: Plan) -> None:
+        """Follow a new plan from the next activation on."""
+        if self.plan is not None and {b.device.torch_device for b in self.plan.budgets} - {b.device.torch_device for b in plan.budgets}:
+            self.release()
+        self.plan = plan
+        self.ceilings.update({torch.device(b.device.torch_device): b.usable_bytes for b in plan.budgets})
+        for part in self.experts:
+            if part in self._dispatched and self._same_dispatch(self._dispatched[part], plan.placements[part]):
+                self._dispatched[part] = plan.placements[part]  # already so
+            else:
+                self._undispatch(part)
+
+    @staticmethod
+    def _same_dispatch(old: Placement, new: Placement) -> bool:
+        # All at once, a forward's workers and buffers are of one size and plan.
+        return old.homes == new.homes and not old.parallel and not new.parallel
+
+    def _undispatch(self, part: str) -> None:
+        self._dispatched.pop(part, None)
+        if self._calls.pop(part, None) is not None and self._crew is not None:
+            self._crew.settle()
+        self.experts[part].undispatch()
+
+    def activate(
+        self, part: str, check_cancelled: Callable[[], None], on_load: OnLoad, on_stage: Callable[[str], None] = lambda words: None
+    ) -> Callable[..., Any]:
+        """Have one expert's weights at their homes, moving the other's out of the way part by part.
+
+        Returns:
+            What calls like the expert's ``WanTransformer3DModel``.
+
+        Raises:
+            CheckpointError: a file can't be read any more.
+        """
+        plan, expert = self._planned(), self.experts[part]
+        self._check_cancelled, self._on_stage = check_cancelled, on_stage
+        placement = plan.placements[part]
+        if self._dispatched.get(part) is placement:
+            return self._call(part)
+        self._undispatch(part)
+        self.clear_fetch_rooms()
+        self._bring_home(part, placement, on_load)
+        # Hooks outlive the run that made them: they must ask the run that computes, not that one.
+        if placement.parallel:
+            self._calls[part] = ParallelForward(
+                expert,
+                self._crew_of(plan),
+                self.functions,
+                check_cancelled=lambda: self._check_cancelled(),
+                forwards_left=lambda: self.forwards_left,
+                on_stage=lambda words: self._on_stage(words),
+            )
+        else:
+            devices = {b.device.index: torch.device(b.device.torch_device) for b in plan.budgets}
+            expert.dispatch(placement, devices, lambda: self._check_cancelled(), self.ceilings)
+        self._dispatched[part] = placement
+        return self._call(part)
+
+    def _call(self, part: str) -> Callable[..., Any]:
+        return self._calls[part] if part in self._calls else self.experts[part].model
+
+    def _bring_home(self, part: str, placement: Placement, on_load: OnLoad) -> None:
+        plan, expert = self._planned(), self.experts[part]
+        if placement.parallel:
+            # Also where none of this expert's parts come to a device, it computes there.
+            for budget in plan.budgets:
+                index = budget.device.index
+                self.make_room(index, placement.reserve_bytes[index], budget.usable_bytes, keep=part)
+        parts = list(placement.homes)
+        # Parts that leave a GPU go first, so that what arrives finds their room.
+        parts.sort(key=lambda name: placement.homes[name] != HOST)
+        on_gpus = plan.budgets[0].device.is_gpu
+        for done, name in enumerate(parts):
+            self._check_cancelled()
+            home = self._device(placement.homes[name])
+            # What GPUs fetch waits in one piece, page-locked; where system memory is short, in its mapped file.
+            fetched = placement.homes[name] == HOST and on_gpus and name.startswith("blocks.")
+            packed = True if fetched and (expert.packed(name) or self._host_has_room(expert.part_bytes(name))) else None
+            if expert.location(name) != home or (packed and expert.packed(name) is None):
+                on_load(done, len(parts), expert.name)
+                self._make_room_for_part(placement, part, name)
+                expert.bring(name, home, plan.main_device, packed=packed)
+                for device, ceiling in self.ceilings.items():
+                    probe.trim(str(device), ceiling)
+        on_load(len(parts), len(parts), expert.name)
+        self._synchronize()
+        # Leftovers of conversions would stand in the way of activations.
+        probe.release_cached([b.device.torch_device for b in plan.budgets])
+
+    @staticmethod
+    def _host_has_room(part_bytes: int) -> bool:
+        return psutil.virtual_memory().available - HOST_RESERVE_BYTES >= part_bytes
+
+    # ---- who computes
+
+    def _crew_of(self, plan: Plan) -> Crew:
+        """The plan's workers; what was measured of them is kept while the size stays."""
+        placement, shape = plan.placements[HIGH_NOISE], plan.shape
+        key = (tuple(b.device.torch_device for b in plan.budgets), placement.main_device, shape)
+        if self._crew is None or self._crew_key != key:
+            speeds = self._speeds_now()
+            shares = [
+                Share(Worker(b.device.index, torch.device(b.device.torch_device)), speeds.get(b.device.index, plan.shares[b.device.index]))
+                for b in plan.budgets
+            ]
+            main = next(share.worker for share in shares if share.worker.index == placement.main_device)
+            self._crew, self._crew_key = Crew(shares, main, ceilings=self.ceilings), key
+        for share in self._crew.shares:
+            index = share.worker.index
+            share.most = plan.most_share(index)
+            own = ceil(share.most * shape.tokens)
+            # As planned where memory is short, or has been.
+            spare = 0 if self.learned_reserve_bytes.get(index) else plan.spare_bytes(index)
+            sizing = (shape.batch_size, self.experts[HIGH_NOISE].width, self.precision.dtype.itemsize)
+            share.range_tokens = affordable_range_tokens(own, spare, *sizing)
+        return self._crew
+
+    def _speeds_now(self) -> dict[int, float]:
+        """What is known of the workers from another size; a guess for this one."""
+        if self._crew is None or not all(worker.is_timed for worker in self._crew.workers):
+            return {}
+        return {share.worker.index: share.speed for share in self._crew.shares}
+
+    def timings(self) -> dict[int, Timing]:
+        """Device index -> what the latest forward took of it, where all devices compute at once."""
+        found: dict[int, Timing] = {}
+        for call in self._calls.values():
+            if isinstance(call, ParallelForward):
+                found.update(call.latest_timings())
+        return found
+
+    def after_forward(self, part: str) -> None:
+        """Let go of what a forward, or one that raised, was using."""
+        self.experts[part].release_fetched()
+
+    def _make_room_for_part(self, placement: Placement, part: str, name: str) -> None:
+        home = placement.homes[name]
+        if home == HOST:
+            self._make_room_on_host(part, name)
+            return
+        index = int(home)
+        budget = self._planned().budget(index)
+        self.make_room(index, placement.reserve_bytes.get(index, 0) + self.experts[part].part_bytes(name), budget.usable_bytes, keep=part)
+
+    def _make_room_on_host(self, part: str, name: str) -> None:
+        """Where system memory is short, the other expert's parts there are dropped; its files have them."""
+        expert = self.experts[part]
+        if expert.is_cheap_to_read(name):
+            return
+        for other, waiting in self.experts.items():
+            for parked in waiting.parts_on(CPU) if other != part else ():
+                if self._host_has_room(expert.part_bytes(name)):
+                    return
+                self._undispatch(other)
+                waiting.drop(parked)
+                self._host_pool.clear()
+
+    def clear_fetch_rooms(self) -> None:
+        """Give back what fetched weights, and what the workers exchange, stood in, on all devices."""
+        for expert in self.experts.values():
+            expert.clear_fetch_room()
+        if self._crew is not None:
+            self._crew.settle()
+            for part in [part for part, placement in self._dispatched.items() if placement.parallel]:
+                self._undispatch(part)
+            self._crew.give_back_buffers()
+
+    def make_room(self, index: int, needed_bytes: int, limit_bytes: int, keep: str | None = None) -> None:
+        """Park weights from one device until ``needed_bytes`` more fit under the limit there.
+
+        Args:
+            index: the device.
+            needed_bytes: what is about to be allocated.
+            limit_bytes: the most that may be allocated there in all.
+            keep: an expert whose parts that are at home stay ("transformer", "transformer_2").
+        """
+        device = self._device(index)
+        if device == CPU:
+            return
+        self.clear_fetch_rooms()
+        for part, expert in self.experts.items():
+            for name in expert.parts_on(device):
+                if self.resident_bytes(device) + needed_bytes <= limit_bytes:
+                    return
+                if part != keep or self._planned().placements[part].homes[name] != index:
+                    self._park(part, name)
+
+    def _park(self, part: str, name: str) -> None:
+        expert = self.experts[part]
+        self._undispatch(part)
+        if expert.is_cheap_to_read(name) or not self._host_has_room(expert.part_bytes(name)):
+            expert.drop(name)
+        else:
+            expert.bring(name, CPU, CPU)
+
+    def failed_device(self, message: str) -> DeviceInfo:
+        """The device that an out-of-memory message names, or else the one with the least room left."""
+        plan = self._planned()
+        named = re.search(r"GPU (\d+)|device (\d+)", message)
+        for budget in plan.budgets:
+            if named and budget.device.torch_device == f"cuda:{named[1] or named[2]}":
+                return budget.device
+        return min(plan.budgets, key=lambda b: b.usable_bytes - self.resident_bytes(torch.device(b.device.torch_device))).device
+
+    def may_shed(self, index: int, part: str) -> bool:
+        """Whether weights may leave a device for the host: some are there, and the user has not forbidden it.
+
+        Args:
+            index: the device.
+            part: the working expert.
+        """
+        plan = self._planned()
+        on_device = any(home == index and name.startswith("blocks.") for name, home in plan.placements[HIGH_NOISE].homes.items())
+        return (plan.parallel and bool(self._waiting_on(index, part))) or (plan.offload != "none" and on_device)
+
+    def _waiting_on(self, index: int, part: str) -> list[tuple[str, str]]:
+        """(expert, part) of everything on a device that the working expert does not need."""
+        device = self._device(index)
+        return [(other, name) for other, expert in self.experts.items() if other != part for name in expert.parts_on(device)]
+
+    def shed(self, index: int, part: str) -> str:
+        """After a forward ran out of memory: make room on a device for good.
+
+        What waits there goes first, where all devices compute at once; else blocks that live there get a home on the host, for both experts.
+
+        Args:
+            index: the device that ran out.
+            part: the working expert.
+
+        Returns:
+            What moved, or moves at the next activation, in words.
+        """
+        waiting = self._waiting_on(index, part) if self._planned().parallel else []
+        if waiting:
+            self._learn_reserve(index, sum(self.experts[other].part_bytes(name) for other, name in waiting))
+            for other, name in waiting:
+                self._park(other, name)
+            probe.release_cached([b.device.torch_device for b in self._planned().budgets])
+            return "the waiting expert"
+        plan = self._planned()
+        first = plan.placements[HIGH_NOISE]
+        blocks = [name for name, home in first.homes.items() if home == index and name.startswith("blocks.")]
+        count = -(-SHED_BYTES // max(1, first.sizes["blocks.0"]))
+        if index == first.main_device and not any(name.startswith("blocks.") for name in first.offloaded):
+            count += 1  # the first block on the host brings a buffer of its size for fetching
+        gone = set(blocks[-count:])
+        placements = {
+            part: replace(placement, homes={name: HOST if name in gone else home for name, home in placement.homes.items()})
+            for part, placement in plan.placements.items()
+        }
+        self._learn_reserve(index, sum(first.sizes[name] for name in gone))
+        self.set_plan(replace(plan, placements=placements))
+        probe.release_cached([b.device.torch_device for b in plan.budgets])
+        return f"{len(gone)} blocks"
+
+    def _learn_reserve(self, index: int, freed_bytes: int) -> None:
+        # Not all of what waited there: what a forward lacks is seldom more than what moves at a time.
+        self.learned_reserve_bytes[index] = self.learned_reserve_bytes.get(index, 0) + min(freed_bytes, SHED_BYTES)
+
+    def resident_bytes(self, device: torch.device) -> int:
+        """Bytes of weights on a device, both experts."""
+        return sum(expert.resident_bytes(device) for expert in self.experts.values())
+
+    def release(self) -> None:
+        """Let all weights go."""
+        self.clear_fetch_rooms()
+        for part, expert in self.experts.items():
+            self._undispatch(part)
+            for name in expert.parts:
+                expert.drop(name)
+        self._host_pool.clear()
+
+    def _planned(self) -> Plan:
+        if self.plan is None:
+            raise RuntimeError("a plan comes first")
+        return self.plan
+
+    def _device(self, home: int | str) -> torch.device:
+        if home == HOST:
+            return CPU
+        return torch.device(self._planned().budget(int(home)).device.torch_device)
+
+    def _synchronize(self) -> None:
+        for budget in self._planned().budgets:
+            probe.synchronize(budget.device.torch_device)

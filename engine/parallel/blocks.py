@@ -1,0 +1,162 @@
+"""The blocks of one forward, computed by all workers.
+
+For each block every worker projects its tokens, writing its keys and values into its copy of everybody's; pulls the others' slices, head
+group by head group, beside its computing; attends; and finishes the block for its tokens. What must wait for what is told to the
+devices; the host only waits so as not to queue too far ahead.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .. import probe
+from ..transformer.lean_block import modulation_of
+from ..transformer.wan_block import attend
+from .crew import Crew, Exchange
+from .functions import BlockFunctions
+from .state import State, placed
+from .workers import Mark
+
+# So many blocks may be queued on the devices before the host waits: enough to keep them busy, few enough to stop within a moment.
+RUN_AHEAD_BLOCKS = 2
+
+
+class BlockLoop:
+    """Runs blocks over the workers' states.
+
+    Args:
+        crew: who computes.
+        functions: the block's halves.
+        check_cancelled: raises when the run should stop; asked before every block.
+    """
+
+    def __init__(self, crew: Crew, functions: BlockFunctions, check_cancelled: Callable[[], None]):
+        self._crew, self._functions, self._check_cancelled = crew, functions, check_cancelled
+
+    def run(self, states: list[State], blocks: range, timed: Sequence[int]) -> None:
+        """Compute some blocks, in order.
+
+        Args:
+            states: the workers with tokens; their ``x`` changes.
+            blocks: from the first one on.
+            timed: those of them whose work is timed.
+        """
+        for state in states:
+            state.fetcher.begin()
+        queued: deque[list[Mark]] = deque()
+        for block in blocks:
+            self._check_cancelled()
+            if len(queued) > RUN_AHEAD_BLOCKS:
+                for event in queued.popleft():
+                    if event is not None:
+                        event.synchronize()
+            self._trim(states)
+            self._run_block(states, block, timed=block in timed)
+            queued.append([state.worker.mark() for state in states])
+
+    def _trim(self, states: list[State]) -> None:
+        for state in states:
+            ceiling = self._crew.ceilings.get(state.worker.device)
+            if ceiling is not None:
+                probe.trim(str(state.worker.device), ceiling)
+
+    def _run_block(self, states: list[State], block: int, *, timed: bool) -> None:
+        for state in states:
+            with state.worker.computing():
+                self._project(state, block, timed=timed)
+        self._exchange(states)
+        for state in states:
+            with state.worker.computing():
+                attended = self._attend(state, timed=timed)
+                self._finish(state, attended)
+                if timed:
+                    state.moments.append(state.worker.now())
+            state.fetcher.done(block)
+            state.weights = state.text_keys = None
+
+    def _project(self, state: State, block: int, *, timed: bool) -> None:
+        state.weights = state.fetcher.weights(block)
+        # Its own slice is overwritten now, so the others must have read what it held.
+        state.worker.wait(*state.pulled)
+        state.pulled.clear()
+        if timed:
+            state.moments.append(state.worker.now())
+        inputs, functions = state.inputs, self._functions
+        query = keys = values = None
+        spans = state.ranges()
+        for span in spans:
+            given = (state.weights, state.x[:, span], modulation_of(inputs.temb, span), inputs.cos[:, span], inputs.sin[:, span])
+            if state.exchange is not None:
+                first = state.tokens.start
+                own = slice(first + span.start, first + span.stop)
+                into = [tuple(room[:, own] for room in rooms) for rooms in (state.exchange.keys, state.exchange.values)]
+                query = placed(query, functions.project_into(*given, *into), span, state.count)
+            else:
+                q, k, v = functions.project(*given)
+                query, keys, values = (placed(whole, piece, span, state.count) for whole, piece in ((query, q), (keys, k), (values, v)))
+        state.query = query
+        if keys is not None and values is not None:
+            state.exchange = Exchange([keys], [values])
+        state.text_keys = functions.math.text_keys(state.weights, inputs.text)
+        state.projected = state.worker.mark()
+        if timed:
+            state.moments.append(state.worker.now())
+
+    def _exchange(self, states: list[State]) -> None:
+        """Every worker pulls the others' keys and values into its copy, group by group."""
+        if len(states) == 1:
+            return
+        for reader in states:
+            assert reader.exchange is not None
+            reader.arrived = [[] for _ in reader.exchange.keys]
+        for number in range(len(states[0].exchange.keys)):  # type: ignore[union-attr]
+            for reader in states:
+                for writer in states:
+                    if writer is not reader:
+                        self._pull(reader, writer, number)
+
+    def _pull(self, reader: State, writer: State, group: int) -> None:
+        link = self._crew.link("keys", writer.worker.device, reader.worker, writer.worker)
+        assert reader.exchange is not None and writer.exchange is not None
+        # The reader's copy is free once its attention over the last block is done.
+        after = (writer.projected, reader.attended)
+        arrived: Mark = None
+        for target, source in (
+            (reader.exchange.keys[group], writer.exchange.keys[group]),
+            (reader.exchange.values[group], writer.exchange.values[group]),
+        ):
+            for one in range(target.shape[0]):  # a video's slice is contiguous, a batch's is not
+                arrived = link.copy(target[one, writer.tokens], source[one, writer.tokens], after)
+        reader.arrived[group].append(arrived)
+        writer.pulled.append(arrived)
+
+    def _attend(self, state: State, *, timed: bool) -> torch.Tensor:
+        """Attention of a worker's queries over all keys: [B, l, N, head width]."""
+        assert state.exchange is not None and state.query is not None
+        parts, first = [], 0
+        for number, (keys, values) in enumerate(zip(state.exchange.keys, state.exchange.values, strict=True)):
+            if state.arrived:
+                state.worker.wait(*state.arrived[number])
+            if timed and number == 0:
+                state.moments.append(state.worker.now())
+            last = first + keys.shape[2]
+            parts.append(attend(state.query[:, :, first:last], keys, values))
+            first = last
+        state.attended = state.worker.mark()
+        state.query = None
+        if not state.arrived:
+            state.exchange = None  # alone, keys and values are this block's only
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _finish(self, state: State, attended: torch.Tensor) -> None:
+        inputs = state.inputs
+        spans = state.ranges()
+        for span in spans:
+            x = self._functions.finish(
+                state.weights, state.x[:, span], attended[:, span], modulation_of(inputs.temb, span), state.text_keys
+            )
+            if len(spans) == 1:
+                state.x = x
+            else:
+                state.x[:, span] = x

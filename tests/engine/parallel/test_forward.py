@@ -1,0 +1,260 @@
+"""One forward by several workers gives what diffusers' model gives, however the tokens are shared out.
+
+The workers are all the CPU; what several devices add is in test_fetching.py and, with streams, in tests/gpu.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from crews import CPU, cpu_workers, crew_of, expert_of, inputs, on_cpu, poison, relative, saved_model
+from diffusers import WanTransformer3DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from wan_sharded.engine.parallel import workers as workers_module
+from wan_sharded.engine.parallel.crew import Crew
+from wan_sharded.engine.parallel.forward import CALIBRATION_BLOCKS, ParallelForward
+from wan_sharded.engine.parallel.functions import BlockFunctions
+from wan_sharded.engine.parallel.workers import Worker
+from wan_sharded.engine.planning.shares import share_tokens
+from wan_sharded.engine.weights.expert import Expert
+
+# Speeds of the workers, and how many tokens they work on at a time (0 = all of theirs).
+TEAMS = [
+    ([1.0], 0),
+    ([1.0], 9),
+    ([1.0, 1.0], 0),
+    ([3.0, 1.0], 9),
+    ([1.0, 2.0, 3.0], 0),
+    ([1.0, 1.0, 1.0, 1.0, 1.0], 9),
+    ([5.0, 1.0, 1.0, 2.0, 0.2], 9),
+]
+KINDS = {
+    "14b": ({}, {"batch": 2}),
+    "ti2v": ({}, {"per_token_timestep": True}),
+    "ti2v-batch": ({}, {"per_token_timestep": True, "batch": 2}),
+    "wan2.1-i2v": ({"image_dim": 24, "added_kv_proj_dim": 80}, {"image_dim": 24, "text_tokens": 512}),
+    "without-cross-attention-norm": ({"cross_attn_norm": False}, {}),
+    "one-head": ({"num_attention_heads": 1}, {}),
+}
+Kind = tuple[WanTransformer3DModel, Expert, dict]
+
+
+@pytest.fixture(scope="module")
+def kind(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kind]:
+    """diffusers' model, the same weights as an expert on the CPU, and inputs, by the names of ``KINDS``."""
+    made: dict[str, Kind] = {}
+
+    def make(name: str) -> Kind:
+        if name not in made:
+            changes, given = KINDS[name]
+            theirs, files = saved_model(tmp_path_factory.mktemp(name) / "transformer", **changes)
+            made[name] = theirs, on_cpu(expert_of(files)), given
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def as_comfyui_runs_it() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def forward_of(expert: Expert, crew: Crew, **options: object) -> ParallelForward:
+    return ParallelForward(expert, crew, BlockFunctions(expert.math), **options)
+
+
+def tokens_of(forward: ParallelForward) -> dict[int, int]:
+    return {index: timing.tokens for index, timing in forward.latest_timings().items()}
+
+
+# ---- the same numbers
+
+
+@pytest.mark.parametrize(("speeds", "range_tokens"), TEAMS, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_equals_diffusers(kind: Callable[[str], Kind], name: str, speeds: list[float], range_tokens: int) -> None:
+    theirs, expert, given = kind(name)
+    crew = crew_of(cpu_workers(len(speeds)), speeds, main=len(speeds) - 1, range_tokens=range_tokens)
+    forward = forward_of(expert, crew)
+    for seed in (1, 2):
+        expected = theirs(**inputs(seed=seed, **given), return_dict=False)[0]
+        got = forward(**inputs(seed=seed, **given), return_dict=False)[0]
+        assert got.shape == expected.shape and relative(got, expected) < 1e-5
+        if seed == 1:
+            assert tokens_of(forward) == dict(enumerate(share_tokens(105, speeds)))
+        poison(crew)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_checkpoints_expert_equals_diffusers(tiny_checkpoint: Path, packed: bool) -> None:
+    theirs = WanTransformer3DModel.from_pretrained(tiny_checkpoint / "transformer")
+    expert = on_cpu(expert_of(tiny_checkpoint), packed=packed)
+    given = inputs(channels=36, frames=2, size=(6, 8))
+    got = forward_of(expert, crew_of(cpu_workers(3)))(**given, return_dict=False)[0]
+    assert relative(got, theirs(**given, return_dict=False)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("main", [0, 2, 4])
+@pytest.mark.parametrize(("frames", "size"), [(1, (2, 2)), (1, (2, 4)), (2, (2, 4))], ids=str)
+def test_fewer_tokens_than_workers(kind: Callable[[str], Kind], frames: int, size: tuple[int, int], main: int) -> None:
+    """Some have nothing to do, the one that hands the tokens out among them."""
+    theirs, expert, _ = kind("14b")
+    forward = forward_of(expert, crew_of(cpu_workers(5), main=main))
+    for _ in range(2):
+        given = inputs(frames=frames, size=size)
+        got = forward(**given, return_dict=False)[0]
+        assert relative(got, theirs(**given, return_dict=False)[0]) < 1e-5
+    tokens = tokens_of(forward)
+    assert sum(tokens.values()) == frames * size[1] // 2 and len(tokens) < 5 and 0 not in tokens.values()
+
+
+def test_sizes_that_change(kind: Callable[[str], Kind]) -> None:
+    theirs, expert, _ = kind("14b")
+    crew = crew_of(cpu_workers(2), [2.0, 1.0])
+    forward = forward_of(expert, crew)
+    for frames, batch in ((3, 1), (5, 1), (5, 2), (1, 1), (3, 1)):
+        given = inputs(frames=frames, batch=batch)
+        assert relative(forward(**given, return_dict=False)[0], theirs(**given, return_dict=False)[0]) < 1e-5
+        assert all(exchange.keys[0].shape[:2] == (batch, frames * 35) for exchange in crew._exchanges.values())
+        poison(crew)
+
+
+def test_the_call_is_diffusers_own(kind: Callable[[str], Kind]) -> None:
+    theirs, expert, _ = kind("14b")
+    forward, given = forward_of(expert, crew_of(cpu_workers(2))), inputs()
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    whole = forward(**given, attention_kwargs=None)
+    assert isinstance(whole, Transformer2DModelOutput)
+    for got in (whole.sample, forward(*given.values(), return_dict=False)[0]):
+        assert relative(got, theirs(**given).sample) < 1e-5
+    assert all(torch.equal(given[name], tensor) for name, tensor in before.items()), "inputs stay as they are"
+
+
+# ---- shares that follow what is measured
+
+
+class Clock:
+    """A worker's time passes only while it computes, by its tokens and its real speed (tokens per second)."""
+
+    def __init__(self, *speeds: float):
+        self.speeds = list(speeds)
+        self.now = 0.0
+        self.computing: int | None = None
+
+    def tick(self, tokens: int) -> None:
+        assert self.computing is not None
+        self.now += tokens / self.speeds[self.computing]
+
+
+class ClockedWorker(Worker):
+    clock: Clock
+
+    @contextmanager
+    def computing(self):
+        before, self.clock.computing = self.clock.computing, self.index
+        with super().computing():
+            yield
+        self.clock.computing = before
+
+
+class ClockedFunctions(BlockFunctions):
+    clock: Clock
+
+    def project_into(self, weights, x, *rest):
+        self.clock.tick(x.shape[1])
+        return super().project_into(weights, x, *rest)
+
+    def finish(self, weights, x, *rest):
+        self.clock.tick(x.shape[1])
+        return super().finish(weights, x, *rest)
+
+
+class ClockedCrew(Crew):
+    """Whose copies take much longer than its computing."""
+
+    def link(self, *args, **kwargs):
+        self.workers[0].clock.now += 1000.0
+        return super().link(*args, **kwargs)
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch, expert: Expert, guesses: list[float], clock: Clock, *, timed: bool) -> ParallelForward:
+    monkeypatch.setattr(workers_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(ClockedWorker, "clock", clock, raising=False)
+    monkeypatch.setattr(ClockedFunctions, "clock", clock, raising=False)
+    team = [ClockedWorker(index, CPU) for index in range(len(guesses))]
+    plain = crew_of(team, guesses, range_tokens=20, timed=timed)
+    return ParallelForward(expert, ClockedCrew(plain.shares, plain.main), ClockedFunctions(expert.math))
+
+
+def test_the_first_forward_is_shared_out_by_measured_speeds(monkeypatch, kind: Callable[[str], Kind]) -> None:
+    theirs, expert, _ = kind("14b")
+    forward = clocked(monkeypatch, expert, [1.0, 1.0], Clock(300.0, 100.0), timed=False)
+    got = forward(**inputs(), return_dict=False)[0]
+    assert relative(got, theirs(**inputs()).sample) < 1e-5
+    timings = forward.latest_timings()
+    assert {index: timing.tokens for index, timing in timings.items()} == {0: 79, 1: 26}
+    # Two passes over its tokens in each block; waiting for the other's keys and values left out.
+    assert timings[0].seconds == pytest.approx(2 * 79 / 300) and timings[1].seconds == pytest.approx(2 * 26 / 100)
+
+
+def test_a_worker_whose_speed_changes_gets_another_share(monkeypatch, kind: Callable[[str], Kind]) -> None:
+    theirs, expert, _ = kind("14b")
+    clock = Clock(100.0, 100.0)
+    forward = clocked(monkeypatch, expert, [1.0, 1.0], clock, timed=True)
+    expected = theirs(**inputs()).sample
+
+    def tokens_of_the_next() -> list[int]:
+        assert relative(forward(**inputs()).sample, expected) < 1e-5
+        return list(tokens_of(forward).values())
+
+    assert tokens_of_the_next() == [52, 53]
+    clock.speeds = [100.0, 400.0]  # noticed during this forward, used in the one after it
+    assert tokens_of_the_next() == [52, 53]
+    assert tokens_of_the_next() == [21, 84]
+    clock.speeds = [100.0, 401.0]
+    assert tokens_of_the_next() == tokens_of_the_next() == [21, 84], "what would be gained is not worth a change"
+    forward._crew.shares[1].most = 0.6
+    assert tokens_of_the_next() == [42, 63], "its memory was planned for no more"
+
+
+# ---- stopping in the middle
+
+
+class Stopped(BaseException):
+    """As ComfyUI's interrupt."""
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+def test_a_forward_that_is_cancelled_leaves_nothing_behind(kind: Callable[[str], Kind], stop_at: int) -> None:
+    """While the first blocks are timed (1, 2), and in the forward itself."""
+    theirs, expert, _ = kind("14b")
+    asked = 0
+
+    def check_cancelled() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == stop_at:
+            raise Stopped
+
+    crew = crew_of(cpu_workers(2), timed=False)
+    forward = forward_of(expert, crew, check_cancelled=check_cancelled)
+    with pytest.raises(Stopped):
+        forward(**inputs(seed=1))
+    assert asked == stop_at, "nothing was computed after it"
+    poison(crew)
+    for seed in (2, 3):
+        assert relative(forward(**inputs(seed=seed)).sample, theirs(**inputs(seed=seed)).sample) < 1e-5
+
+
+def test_cancelling_is_asked_before_every_block(kind: Callable[[str], Kind]) -> None:
+    _, expert, _ = kind("14b")
+    asked: list[int] = []
+    forward = forward_of(expert, crew_of(cpu_workers(2), timed=False), check_cancelled=lambda: asked.append(1))
+    forward(**inputs())
+    assert len(asked) == CALIBRATION_BLOCKS + 3
+    forward(**inputs())
+    assert len(asked) == CALIBRATION_BLOCKS + 6, "speeds are known now"
