@@ -21,7 +21,7 @@ from .parallel.forward import ParallelForward
 from .parallel.functions import BlockFunctions
 from .parallel.state import Timing
 from .parallel.workers import Worker
-from .planning.devices import GIB, DeviceInfo
+from .planning.devices import GIB, DeviceInfo, gib
 from .planning.footprint import affordable_range_tokens
 from .planning.placement import HOST, Placement
 from .plans import HOST_RESERVE_BYTES, Plan
@@ -191,6 +191,18 @@ class LoadedModel:
             if isinstance(call, ParallelForward):
                 found.update(call.latest_timings())
         return found
+
+    def slower_than_could_be(self) -> list[str]:
+        """What made a run slower than this machine allows, in sentences."""
+        notes = []
+        if self.functions.failure:
+            notes.append(f"The blocks could not be compiled, which costs some speed: {self.functions.failure}")
+        if self._host_pool.unlocked_bytes:
+            notes.append(
+                f"{gib(self._host_pool.unlocked_bytes)} of system memory could not be page-locked, so blocks there arrive slower. Close other "
+                "programs, or choose a smaller weight_dtype."
+            )
+        return notes
 
     def after_forward(self, part: str) -> None:
         """Let go of what a forward, or one that raised, was using."""

@@ -64,11 +64,10 @@ def _device(index: int, gpu: VisibleGpu) -> DeviceInfo:
     return DeviceInfo(index, gpu.name, torch_device, gpu.total_bytes, int(free + unused), capability, True, speed, link)
 
 
-@lru_cache(maxsize=64)
 def measured_speeds(torch_index: int) -> tuple[float | None, float | None]:
     """TFLOP/s of a GPU at a half-precision matrix product, and bytes per second from page-locked memory; measured once, in a moment.
 
-    ``None`` for both where there was no memory for it.
+    ``None`` for both where there is no memory for it now; asked again the next time.
     """
     try:
         return _measure_speeds(torch.device("cuda", torch_index))
@@ -78,6 +77,7 @@ def measured_speeds(torch_index: int) -> tuple[float | None, float | None]:
         torch.cuda.empty_cache()
 
 
+@lru_cache(maxsize=64)
 def _measure_speeds(device: torch.device) -> tuple[float, float]:
     tokens, width = 4096, 4096
     dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
@@ -108,6 +108,12 @@ def _best_seconds(device: torch.device, action: Callable[[], object]) -> float:
 def is_cuda(torch_device: str) -> bool:
     """Whether CUDA's functions apply to a device; not to the CPU, nor to a device a test imagines."""
     return torch.device(torch_device).type == "cuda"
+
+
+def reach_each_other(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices can copy to each other's memory directly; no two GeForce cards can."""
+    both = is_cuda(str(one)) and is_cuda(str(other))
+    return not both or one == other or bool(torch.cuda.can_device_access_peer(one, other))
 
 
 def allocated_bytes(torch_device: str) -> int:

@@ -71,7 +71,7 @@ class BlockLoop:
                 attended = self._attend(state, timed=timed)
                 self._finish(state, attended)
                 if timed:
-                    state.moments.append(state.worker.now())
+                    state.lap()
             state.fetcher.done(block)
             state.weights = state.text_keys = None
 
@@ -81,7 +81,8 @@ class BlockLoop:
         state.worker.wait(*state.pulled)
         state.pulled.clear()
         if timed:
-            state.moments.append(state.worker.now())
+            state.timed.append([])
+            state.lap()
         inputs, functions = state.inputs, self._functions
         query = keys = values = None
         spans = state.ranges()
@@ -98,10 +99,11 @@ class BlockLoop:
         state.query = query
         if keys is not None and values is not None:
             state.exchange = Exchange([keys], [values])
-        state.text_keys = functions.math.text_keys(state.weights, inputs.text)
         state.projected = state.worker.mark()
+        # Beside the exchange.
+        state.text_keys = functions.math.text_keys(state.weights, inputs.text)
         if timed:
-            state.moments.append(state.worker.now())
+            state.lap()
 
     def _exchange(self, states: list[State]) -> None:
         """Every worker pulls the others' keys and values into its copy, group by group."""
@@ -137,9 +139,11 @@ class BlockLoop:
         parts, first = [], 0
         for number, (keys, values) in enumerate(zip(state.exchange.keys, state.exchange.values, strict=True)):
             if state.arrived:
+                if timed and number > 0:
+                    state.lap()
                 state.worker.wait(*state.arrived[number])
-            if timed and number == 0:
-                state.moments.append(state.worker.now())
+            if timed and (state.arrived or number == 0):
+                state.lap()
             last = first + keys.shape[2]
             parts.append(attend(state.query[:, :, first:last], keys, values))
             first = last

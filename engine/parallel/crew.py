@@ -78,10 +78,10 @@ class Crew:
 
     def slow_links(self) -> bool:
         """Whether what the workers exchange goes through system memory."""
-        gpus = {w.device for w in self.workers if probe.is_cuda(str(w.device))}
         if self.staged is not None:
             return self.staged
-        return any(a != b and not torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus)
+        devices = [worker.device for worker in self.workers]
+        return any(not probe.reach_each_other(a, b) for a in devices for b in devices)
 
     def link(self, purpose: str, source: torch.device, reader: Worker, writer: Worker | None = None) -> Link:
         """The link over which a worker reads; one per purpose, so that weights don't wait for keys and values."""

@@ -111,6 +111,8 @@ class ParallelForward:
         given = [None if tensor is None else tensor.to(main.device) for tensor in (latents, timestep, text, image)]
         if not any(share.worker.is_timed for share in self._crew.shares):
             self._calibrate(given)
+        else:
+            self._consider_compiling()  # the run before this one may have been too short for it
         states = self._ends.hand_out(given)
         self._blocks.run(states, range(self._block_count), timed=range(1, self._block_count, TIMED_EVERY))
         out = self._ends.gather(states, latents)
@@ -122,32 +124,30 @@ class ParallelForward:
     # ---- sharing out
 
     def _calibrate(self, given: list[torch.Tensor | None]) -> None:
-        """Time the first blocks, share the tokens out by that, and compile if that pays."""
-        seconds = self._time_blocks(given)
-        functions = self._functions
-        devices = len({worker.device for worker in self._crew.workers})
-        if functions.may_compile and pays_off(seconds * self._block_count, self._forwards_left(), devices):
-            self._on_stage("Compiling the blocks")
-            functions.compile()
-        if functions.compiled:
-            try:
-                self._time_blocks(given)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # compilers raise many kinds; the plain functions are what is certain
-                self._crew.settle()
-                words = str(error).strip() or "no reason given"
-                functions.give_up(f"{type(error).__name__}: {words.splitlines()[0]}")
-                self._time_blocks(given)
+        """Time the first blocks and share the tokens out by that; once more if they are compiled now."""
+        self._time_blocks(given)
+        if self._consider_compiling() or self._functions.compiled:
+            self._time_blocks(given)
 
-    def _time_blocks(self, given: list[torch.Tensor | None]) -> float:
-        """Compute the first blocks for nothing but their times; returns the seconds the slowest worker is busy with one."""
+    def _consider_compiling(self) -> bool:
+        """Compile from here on if that pays by what was timed; whether it is so now."""
+        functions = self._functions
+        if not self.timings or not functions.may_compile:
+            return False
+        seconds = max(timing.seconds for timing in self.timings) * self._block_count
+        if not pays_off(seconds, self._forwards_left(), len({worker.device for worker in self._crew.workers})):
+            return False
+        self._on_stage("Compiling the blocks")
+        functions.compile()
+        return True
+
+    def _time_blocks(self, given: list[torch.Tensor | None]) -> None:
+        """Compute the first blocks for nothing but the last one's times."""
         blocks = range(min(CALIBRATION_BLOCKS, self._block_count))
         states = self._ends.hand_out(given)
         self._blocks.run(states, blocks, timed=blocks[-1:])
         self._crew.settle()
         self._learn(states)
-        return max(timing.seconds for timing in self.timings)
 
     def _learn_from_last(self) -> None:
         """What the last forward took; only now, so that its end was not waited for."""
@@ -157,11 +157,11 @@ class ParallelForward:
 
     def _learn(self, states: list[State]) -> None:
         """Correct the speeds from what was timed; the next forward shares out by them."""
-        self.timings = [Timing(state.count, busy_seconds(state.moments)) for state in states]
+        self.timings = [Timing(state.count, busy_seconds(state.timed)) for state in states]
         self._timed = [state.worker for state in states]
         for state in states:
             state.worker.is_timed = True
-            state.moments.clear()
+            state.timed.clear()
         shares = [state.share for state in states]
         if len(shares) < len(self._crew.shares):
             return

@@ -53,9 +53,7 @@ class BlockFunctions:
         self._compilable = compilable
         self.compiled = False
         self.failure: str | None = None
-        self._project: Callable[..., Any] = math.project
-        self._project_into: Callable[..., Any] = math.project_into
-        self._finish: Callable[..., Any] = math.finish
+        self._compiled: dict[str, Callable[..., Any]] = {}
 
     @property
     def may_compile(self) -> bool:
@@ -65,21 +63,31 @@ class BlockFunctions:
     def compile(self) -> None:
         """Use compiled halves from the next call on; the work is done at the first call on each device."""
         # One graph each, or an error that says what is in the way.
-        self._project, self._project_into, self._finish = (
-            torch.compile(function, fullgraph=True) for function in (self.math.project, self.math.project_into, self.math.finish)
-        )
+        halves = (self.math.project, self.math.project_into, self.math.finish)
+        self._compiled = {function.__name__: torch.compile(function, fullgraph=True) for function in halves}
         self.compiled = True
 
-    def give_up(self, reason: str) -> None:
+    def _give_up(self, error: Exception) -> None:
         """Go on with plain functions, for good."""
-        logger.warning("Compiling the blocks failed, going on without: %s", reason)
-        self._project, self._project_into, self._finish = self.math.project, self.math.project_into, self.math.finish
-        self.compiled, self.failure = False, reason
+        words = str(error).strip() or "no reason given"
+        self.failure = f"{type(error).__name__}: {words.splitlines()[0]}"
+        self.compiled = False
+        logger.warning("Compiling the blocks failed, going on without: %s", self.failure)
+
+    def _call(self, plain: Callable[..., Any], *arguments: Any) -> Any:
+        if self.compiled:
+            try:
+                return self._compiled[plain.__name__](*arguments)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers raise many kinds, at any new size; the plain functions are what is certain
+                self._give_up(error)
+        return plain(*arguments)
 
     def project(self, weights: Any, x: torch.Tensor, temb: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
         """As :meth:`BlockMath.project`."""
         self._any_length(x, cos, sin, temb if temb.ndim == 4 else None)
-        return self._project(weights, x, temb, cos, sin)
+        return self._call(self.math.project, weights, x, temb, cos, sin)
 
     def project_into(
         self,
@@ -93,12 +101,12 @@ class BlockFunctions:
     ) -> Any:
         """As :meth:`BlockMath.project_into`."""
         self._any_length(x, cos, sin, temb if temb.ndim == 4 else None, *keys, *values)
-        return self._project_into(weights, x, temb, cos, sin, keys, values)
+        return self._call(self.math.project_into, weights, x, temb, cos, sin, keys, values)
 
     def finish(self, weights: Any, x: torch.Tensor, attended: torch.Tensor, temb: torch.Tensor, keys: Any) -> torch.Tensor:
         """As :meth:`BlockMath.finish`."""
         self._any_length(x, attended, temb if temb.ndim == 4 else None)
-        return self._finish(weights, x, attended, temb, keys)
+        return self._call(self.math.finish, weights, x, attended, temb, keys)
 
     def _any_length(self, *tensors: torch.Tensor | None) -> None:
         """Tell the compiler that the number of tokens varies. Only that: told to guess, it makes the norms' epsilon variable too."""

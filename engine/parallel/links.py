@@ -44,16 +44,21 @@ def make_link(source: torch.device, target: torch.device, *, staged: bool | None
     """
     both_gpus = probe.is_cuda(str(source)) and probe.is_cuda(str(target))
     if staged is None:
-        staged = both_gpus and source != target and not torch.cuda.can_device_access_peer(source, target)
+        staged = not probe.reach_each_other(source, target)
     return StagedLink(source, target) if staged and both_gpus else DirectLink(source, target)
 
 
 class DirectLink:
-    """One copy: within a device, between the host and a GPU, or between GPUs that reach each other's memory."""
+    """A plain copy: within a device, between the host and a GPU, or between GPUs that reach each other's memory.
+
+    From the host it goes in chunks: keys and values that use the same PCIe lanes slip in between two of them, where they would
+    wait for a whole block's weights.
+    """
 
     def __init__(self, source: torch.device, target: torch.device):
         self._source = new_stream(source)
         self._target = new_stream(target)
+        self._chunked = probe.is_cuda(str(source)) != probe.is_cuda(str(target))
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Iterable[Mark]) -> Mark:
         stream = self._target if self._target is not None else self._source
@@ -63,7 +68,11 @@ class DirectLink:
         wait(stream, after)
         # Both sides' current streams are made ours, the target's last; torch makes the copy wait for both of them.
         with torch.cuda.stream(self._source), torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
+            if self._chunked:
+                for part_of_target, part_of_source in zip(_chunks(target), _chunks(source), strict=True):
+                    part_of_target.copy_(part_of_source, non_blocking=True)
+            else:
+                target.copy_(source, non_blocking=True)
         return mark(stream)
 
 
@@ -85,17 +94,20 @@ class StagedLink:
         after = tuple(after)
         wait(self._source, after)
         wait(self._target, after)
-        into, out_of = target.view(-1).view(torch.uint8), source.view(-1).view(torch.uint8)
-        for begin in range(0, out_of.numel(), CHUNK_BYTES):
-            end = min(begin + CHUNK_BYTES, out_of.numel())
+        for into, out_of in zip(_chunks(target), _chunks(source), strict=True):
             slot = self._next
             self._next = (slot + 1) % CHUNKS
-            chunk = self._ring[slot][: end - begin]
+            chunk = self._ring[slot][: out_of.numel()]
             wait(self._source, [self._emptied[slot]])
             with torch.cuda.stream(self._source):
-                chunk.copy_(out_of[begin:end], non_blocking=True)
+                chunk.copy_(out_of, non_blocking=True)
             wait(self._target, [mark(self._source)])
             with torch.cuda.stream(self._target):
-                into[begin:end].copy_(chunk, non_blocking=True)
+                into.copy_(chunk, non_blocking=True)
             self._emptied[slot] = mark(self._target)
         return mark(self._target)
+
+
+def _chunks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The bytes of a contiguous tensor, in views of at most ``CHUNK_BYTES``."""
+    return tensor.view(-1).view(torch.uint8).split(CHUNK_BYTES)

@@ -46,7 +46,7 @@ class State:
     attended: Mark = None
     pulled: list[Mark] = field(default_factory=list)
     arrived: list[list[Mark]] = field(default_factory=list)
-    moments: list[Moment] = field(default_factory=list)
+    timed: list[list[Moment]] = field(default_factory=list)
     out: torch.Tensor | None = None
 
     @property
@@ -56,6 +56,10 @@ class State:
     @property
     def count(self) -> int:
         return self.tokens.stop - self.tokens.start
+
+    def lap(self) -> None:
+        """Work begins or ends here, by turns; what is between an end and the next beginning is waiting."""
+        self.timed[-1].append(self.worker.now())
 
     def ranges(self) -> list[slice]:
         """The worker's tokens in the ranges it works on at a time, counted from its first."""
@@ -90,10 +94,11 @@ def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=1)
 
 
-def busy_seconds(moments: list[Moment]) -> float:
-    """Median over timed blocks of the time a worker computed: before and after it waited for the others."""
-    totals = []
-    for i in range(0, len(moments) - 3, 4):
-        begin, projected, attending, end = moments[i : i + 4]
-        totals.append(begin.seconds_until(projected) + attending.seconds_until(end))
+def busy_seconds(blocks: Sequence[Sequence[Moment]]) -> float:
+    """Median over blocks of the time a worker computed, waiting for the others left out.
+
+    Args:
+        blocks: of each timed block, moments in pairs: work began, work ended.
+    """
+    totals = [sum(begin.seconds_until(end) for begin, end in zip(moments[::2], moments[1::2], strict=True)) for moments in blocks]
     return sorted(totals)[len(totals) // 2] if totals else 0.0

@@ -257,9 +257,10 @@ class _Run:
         seconds = sorted(self.step_seconds)
         if not seconds:
             return []
-        failure = self.loaded.functions.failure
-        compiling = [f"The blocks could not be compiled, which costs some speed: {failure}"] if failure else []
-        return [*compiling, f"{len(seconds)} steps in {sum(seconds):.1f} s, the median step {seconds[len(seconds) // 2]:.2f} s."]
+        return [
+            *self.loaded.slower_than_could_be(),
+            f"{len(seconds)} steps in {sum(seconds):.1f} s, the median step {seconds[len(seconds) // 2]:.2f} s.",
+        ]
 
 
 def plan_report(plan: Plan, measured: dict[int, int] | None = None, timings: Mapping[int, Timing] | None = None) -> str:

@@ -235,7 +235,18 @@ def _main_device(wish: _Wish, homes: Mapping[str, Home], room: Mapping[int, int]
 
 
 def _map(wish: _Wish, room: Mapping[int, int]) -> dict[str, Home]:
-    """accelerate's map of the parts. It sees one parameter per part: its time grows with their square, and it must split none."""
+    """accelerate's map of the parts. On the first device it leaves the largest part's size free for what it fetches; where room for that is
+    planned for already, it gets that size more, and its answer is checked."""
+    if wish.parallel and room:
+        first = next(iter(room))
+        homes = _inferred(wish, {**room, first: room[first] + max(wish.sizes.values())})
+        if all(sum(wish.sizes[part] for part, home in homes.items() if home == index) <= size for index, size in room.items()):
+            return homes
+    return _inferred(wish, room)
+
+
+def _inferred(wish: _Wish, room: Mapping[int, int]) -> dict[str, Home]:
+    """As accelerate has it. It sees one parameter per part: its time grows with their square, and it must split none."""
     max_memory: Any = {**room, HOST: wish.host_bytes}
     skeleton, no_split = _skeleton(wish.sizes), [_Part.__name__]
     mapped: Any = infer_auto_device_map(skeleton, max_memory=max_memory, no_split_module_classes=no_split, clean_result=False)

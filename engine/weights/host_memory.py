@@ -44,6 +44,8 @@ class HostPool:
 
     def __init__(self, keep_bytes: int = 2 * 1024**3):
         self._keep_bytes = keep_bytes
+        # Of all buffers made, those that could not be page-locked.
+        self.unlocked_bytes = 0
         self._free: list[torch.Tensor] = []
 
     @property
@@ -56,7 +58,10 @@ class HostPool:
             if buffer.numel() == size_bytes:
                 self._free = [other for other in self._free if other is not buffer]
                 return buffer
-        return host_buffer(size_bytes)
+        buffer = host_buffer(size_bytes)
+        if torch.cuda.is_available() and not buffer.is_pinned():
+            self.unlocked_bytes += size_bytes
+        return buffer
 
     def give(self, buffer: torch.Tensor) -> None:
         """Take a buffer back that nothing uses any more, copies under way included."""

@@ -91,7 +91,7 @@ def test_random_machines(wan_14b: WanTransformer3DModel, device_map: str, offloa
     """Whatever the GPUs: the plan keeps its limits, or says which slider at which value would do, and that is true."""
     dice = random.Random(f"{device_map} {offload}")
     placed = refused = 0
-    for _ in range(20):
+    for _ in range(12):
         totals = [dice.choice([8, 12, 16, 24, 32, 48, 80]) for _ in range(dice.choice([1, 2, 2, 3, 3]))]
         computer = machine(*(gpu(index, total, total * dice.uniform(0.6, 1)) for index, total in enumerate(totals)))
         sliders = {index: dice.choice([0, 0, total / 2, total - 1.0]) for index, total in enumerate(totals)}
@@ -115,7 +115,7 @@ def test_random_machines(wan_14b: WanTransformer3DModel, device_map: str, offloa
         except AssertionError as error:
             raise AssertionError(case) from error
         placed += 1
-    assert placed > 5 and (refused or offload != "none"), "the cases must be of both kinds"
+    assert placed > 3 and (refused or offload != "none"), "the cases must be of both kinds"
 
 
 @pytest.mark.parametrize("device_map", ["balanced", "auto"])
