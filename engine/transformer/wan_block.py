@@ -186,8 +186,7 @@ class BlockMath:
     def _rotated(self, weights: Weights, norm: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Norm over all heads, then rotary embedding; pairs are neighbours, and ``sin`` is negative at the first of each pair.
 
-        Exchanging the pair's halves keeps every load of the compiled kernel in its row: 0.6 instead of 1.1 ms for 32,760
-        tokens on an H200 against splitting them into even and odd.
+        Exchanging the pair's halves, rather than splitting them into even and odd, keeps every load of the compiled kernel in its row.
         """
         rotated = self._heads(self._rms(weights, f"attn1.{norm}", x)).float()
         exchanged = rotated.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)

@@ -18,7 +18,7 @@ from wan_sharded.engine.weights.expert import Expert
 from wan_sharded.engine.weights.precision import Precision
 
 LAZY = [torch.device("lazy:0"), torch.device("lazy:1")]
-BF16, INT8 = Precision(torch.bfloat16, torch.bfloat16), Precision(torch.float32, torch.int8)
+INT8 = Precision(torch.float32, torch.int8)
 PACKED, MAPPED = "packed on the host", "mapped from its file"
 Home = torch.device | str
 MIB = 1024**2
@@ -29,6 +29,12 @@ def gpus() -> Iterator[ImaginedGpus]:
     with torch.inference_mode(), ImaginedGpus() as gpus:
         yield gpus
         gc.collect()
+
+
+@pytest.fixture
+def small(make_checkpoint: Callable[..., Path]) -> Path:
+    """As few blocks as use a buffer twice on either of two workers."""
+    return make_checkpoint(num_blocks=4, num_heads=3)
 
 
 @pytest.fixture
@@ -52,17 +58,16 @@ def forward_of(expert: Expert, devices: list[torch.device], *, main: int = 0, **
     return ParallelForward(expert, crew, BlockFunctions(expert.math), **options)
 
 
-def given(dtype: torch.dtype = torch.float32, seed: int = 4) -> dict:
+def given(seed: int = 4) -> dict:
     """63 tokens and a short text, on the host."""
-    arguments = inputs(seed=seed, channels=36, frames=3, size=(6, 14))
-    return {name: value if name == "timestep" else value.to(dtype) for name, value in arguments.items()}
+    return inputs(seed=seed, channels=36, frames=3, size=(6, 14))
 
 
 @lru_cache
 def expected_of(checkpoint: Path, precision: Precision = F32, seed: int = 4, part: str = HIGH_NOISE) -> torch.Tensor:
     """By diffusers' own forward on the host (see tests/engine/weights/test_precision.py)."""
     expert = on_cpu(expert_of(checkpoint, precision, part=part))
-    return expert.model(**given(precision.dtype, seed), return_dict=False)[0]
+    return expert.model(**given(seed), return_dict=False)[0]
 
 
 # ---- the same numbers, wherever blocks live
@@ -71,35 +76,33 @@ def expected_of(checkpoint: Path, precision: Precision = F32, seed: int = 4, par
 @pytest.mark.parametrize(
     ("homes", "main"),
     [
-        ([MAPPED], 1),
-        ([LAZY[1], PACKED, LAZY[0], MAPPED, PACKED], 0),
-        ([LAZY[1], PACKED, LAZY[0], MAPPED, PACKED], 1),
+        ([MAPPED, LAZY[0]], 1),
+        ([LAZY[1], PACKED, LAZY[0], MAPPED], 0),
+        ([LAZY[1], PACKED, LAZY[0], MAPPED], 1),
     ],
     ids=["mapped", "all-0", "all-1"],
 )
-def test_blocks_come_from_wherever_they_live(gpus: ImaginedGpus, tiny_checkpoint: Path, homes: list[Home], main: int) -> None:
-    expert = place(expert_of(tiny_checkpoint), homes, LAZY[main])
+def test_blocks_come_from_wherever_they_live(gpus: ImaginedGpus, small: Path, homes: list[Home], main: int) -> None:
+    expert = place(expert_of(small), homes, LAZY[main])
     forward = forward_of(expert, LAZY, main=main)
     forward._crew.shares[1].range_tokens = 20
     for seed in (1, 2):
         got = forward(**given(seed=seed), return_dict=False)[0]
         assert got.device == CPU, "where it was asked from"
-        assert relative(got, expected_of(tiny_checkpoint, seed=seed)) < 1e-5
+        assert relative(got, expected_of(small, seed=seed)) < 1e-5
         poison(forward._crew)
 
 
-@pytest.mark.parametrize(("precision", "bound"), [(BF16, 0.03), (INT8, 1e-5)], ids=str)
-def test_other_precisions_are_fetched_too(gpus: ImaginedGpus, tiny_checkpoint: Path, precision: Precision, bound: float) -> None:
-    expert = place(expert_of(tiny_checkpoint, precision), [LAZY[0], PACKED, LAZY[1], MAPPED], LAZY[0])
-    got = forward_of(expert, LAZY)(**given(precision.dtype), return_dict=False)[0]
-    assert got.dtype == precision.dtype
-    assert relative(got, expected_of(tiny_checkpoint, precision)) < bound
+def test_quantized_blocks_are_fetched_too(gpus: ImaginedGpus, small: Path) -> None:
+    expert = place(expert_of(small, INT8), [LAZY[1], PACKED, LAZY[0], MAPPED], LAZY[0])
+    got = forward_of(expert, LAZY)(**given(), return_dict=False)[0]
+    assert relative(got, expected_of(small, INT8)) < 1e-5
 
 
-def test_one_gpu_fetches_what_the_host_holds(gpus: ImaginedGpus, tiny_checkpoint: Path) -> None:
-    expert = place(expert_of(tiny_checkpoint), [PACKED, LAZY[0]], LAZY[0])
+def test_one_gpu_fetches_what_the_host_holds(gpus: ImaginedGpus, small: Path) -> None:
+    expert = place(expert_of(small), [PACKED], LAZY[0])
     got = forward_of(expert, LAZY[:1])(**given(), return_dict=False)[0]
-    assert relative(got, expected_of(tiny_checkpoint)) < 1e-5
+    assert relative(got, expected_of(small)) < 1e-5
 
 
 # ---- two buffers, and no more
@@ -133,19 +136,18 @@ def test_a_worker_that_holds_all_blocks_has_no_buffers(gpus: ImaginedGpus, check
     assert forward._crew.slots(forward._crew.workers[1], 1) == forward._crew._slots[1]
 
 
-def test_both_experts_share_the_buffers(gpus: ImaginedGpus, tiny_checkpoint: Path) -> None:
-    high, low = expert_of(tiny_checkpoint), expert_of(tiny_checkpoint, part=LOW_NOISE)
+def test_both_experts_share_the_buffers(gpus: ImaginedGpus, small: Path) -> None:
+    high, low = expert_of(small), expert_of(small, part=LOW_NOISE)
     for expert in (high, low):
         place(expert, [PACKED, LAZY[0]], LAZY[0])
     first = forward_of(high, LAZY)
     before = [gpus.live_bytes(index) for index in (0, 1)]
     second = ParallelForward(low, first._crew, BlockFunctions(low.math))
     assert [gpus.live_bytes(index) for index in (0, 1)] == before
-    expected = [expected_of(tiny_checkpoint, part=part) for part in (HIGH_NOISE, LOW_NOISE)]
+    expected = [expected_of(small, part=part) for part in (HIGH_NOISE, LOW_NOISE)]
     assert relative(*expected) > 0.1, "the experts differ"
-    for _ in range(2):  # taking turns
-        for forward, wanted in zip((first, second), expected, strict=True):
-            assert relative(forward(**given(), return_dict=False)[0], wanted) < 1e-5
+    for forward, wanted in ((first, expected[0]), (second, expected[1]), (first, expected[0])):  # taking turns
+        assert relative(forward(**given(), return_dict=False)[0], wanted) < 1e-5
 
 
 # ---- what goes wrong in the middle
@@ -155,27 +157,26 @@ class Stopped(BaseException):
     """As ComfyUI's interrupt."""
 
 
-@pytest.mark.parametrize("stop_at", [2, 5])
-def test_cancelling_with_blocks_under_way(gpus: ImaginedGpus, tiny_checkpoint: Path, stop_at: int) -> None:
+def test_cancelling_with_blocks_under_way(gpus: ImaginedGpus, small: Path) -> None:
     asked = 0
 
     def check_cancelled() -> None:
         nonlocal asked
         asked += 1
-        if asked == stop_at:
+        if asked == 3:
             raise Stopped
 
-    expert = place(expert_of(tiny_checkpoint), [LAZY[1], PACKED, LAZY[0]], LAZY[0])
+    expert = place(expert_of(small), [LAZY[1], PACKED, LAZY[0]], LAZY[0])
     forward = forward_of(expert, LAZY, check_cancelled=check_cancelled)
     with pytest.raises(Stopped):
         forward(**given(seed=1))
     poison(forward._crew)
-    assert relative(forward(**given(seed=2), return_dict=False)[0], expected_of(tiny_checkpoint, seed=2)) < 1e-5
+    assert relative(forward(**given(seed=2), return_dict=False)[0], expected_of(small, seed=2)) < 1e-5
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_running_out_of_memory_leaves_a_forward_that_works(gpus: ImaginedGpus, tiny_checkpoint: Path, index: int) -> None:
-    expert = place(expert_of(tiny_checkpoint), [LAZY[1], PACKED, LAZY[0]], LAZY[0])
+def test_running_out_of_memory_leaves_a_forward_that_works(gpus: ImaginedGpus, small: Path) -> None:
+    index = 1
+    expert = place(expert_of(small), [LAZY[1], PACKED, LAZY[0]], LAZY[0])
     forward = forward_of(expert, LAZY)
     before = gpus.live_bytes(index)
     gpus.capacity[index] = before + 24 * 1024
@@ -187,4 +188,4 @@ def test_running_out_of_memory_leaves_a_forward_that_works(gpus: ImaginedGpus, t
     forward._crew._exchange_key = ()
     gc.collect()
     assert gpus.live_bytes(index) == before, "nothing of the failed forward stays"
-    assert relative(forward(**given(), return_dict=False)[0], expected_of(tiny_checkpoint)) < 1e-5
+    assert relative(forward(**given(), return_dict=False)[0], expected_of(small)) < 1e-5

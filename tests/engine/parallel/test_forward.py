@@ -24,11 +24,10 @@ from wan_sharded.engine.weights.expert import Expert
 # Speeds of the workers, and how many tokens they work on at a time (0 = all of theirs).
 TEAMS = [
     ([1.0], 0),
-    ([1.0], 9),
-    ([1.0, 1.0], 0),
-    ([3.0, 1.0], 9),
-    ([1.0, 2.0, 3.0], 0),
-    ([1.0, 1.0, 1.0, 1.0, 1.0], 9),
+    ([1.0, 1.0], 9),
+    ([3.0, 1.0], 0),
+    ([1.0, 2.0, 3.0], 9),
+    ([1.0, 1.0, 1.0, 1.0, 1.0], 0),
     ([5.0, 1.0, 1.0, 2.0, 0.2], 9),
 ]
 KINDS = {

@@ -74,10 +74,10 @@ class CountedWorker(Worker):
 
 @pytest.fixture(scope="module")
 def expert(tmp_path_factory: pytest.TempPathFactory) -> Expert:
-    """Two blocks of the real size, without weights. Nowhere is where the workers are too, so they find the weights there."""
+    """A block of the real size, without weights. Nowhere is where the workers are too, so they find the weights there."""
     folder = tmp_path_factory.mktemp("model") / "transformer"
     with torch.device("meta"):
-        model = WanTransformer3DModel(in_channels=36, out_channels=16, num_layers=2)
+        model = WanTransformer3DModel(in_channels=36, out_channels=16, num_layers=1)
     model.save_config(folder)
     tensors = {name: (Path(), TensorEntry("BF16", tuple(p.shape))) for name, p in model.named_parameters()}
     expert = expert_of(ComponentFiles(folder, tensors), BF16)
@@ -120,10 +120,8 @@ def peaks(monkeypatch: pytest.MonkeyPatch, expert: Expert, shape: VideoShape, sh
     [
         (P480, [0.5, 0.5], 0),
         (P480, [0.1, 0.9], 1),
-        (P480, [0.34, 0.33, 0.33], 2),
         (P720, [0.7, 0.2, 0.1], 0),
         (VideoShape(832, 480, 81, 2), [0.5, 0.5], 0),
-        (VideoShape(832, 480, 17), [0.5, 0.5], 0),
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from imagined_machine import gpu, machine
 from wan_sharded.engine.errors import PlacementError
-from wan_sharded.engine.planning.budgets import budgets_for
+from wan_sharded.engine.planning.budgets import CONTEXT_BYTES, budgets_for
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Machine, gib
 from wan_sharded.engine.planning.footprint import (
     FRAGMENTATION_NATIVE,
@@ -166,7 +166,7 @@ def test_the_first_with_room_hands_the_tokens_out_not_the_roomiest(wan_14b: WanT
     tight = machine(gpu(0, 24), gpu(1, 48))
     placement = place(wan_14b, tight, {})
     least = needs(tight, {})[0] + 2 * placement.sizes["blocks.0"]
-    slider = (least + 2**20) / GIB + 0.7
+    slider = (CONTEXT_BYTES + least + 2**20) / GIB
     squeezed = place(wan_14b, tight, {0: slider})
     assert squeezed.main_device == 1 and squeezed.weight_bytes(0) == 0
 
