@@ -1,6 +1,7 @@
 """The nodes' work with a real ComfyUI's modules: values to a request, core's VAE, cancel, and ComfyUI's memory management. No server."""
 
 import gc
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,11 @@ def test_conditioning_replaces_the_text(handle: ModelHandle, image: torch.Tensor
         ({"core_vae": SimpleNamespace(latent_dim=2, latent_channels=16)}, "is no video VAE with 16-channel latents"),
         ({"core_vae": SimpleNamespace(latent_dim=3, latent_channels=48)}, "is a video VAE with 48-channel latents"),
         ({"core_vae": object()}, "wan_2.1_vae.safetensors"),
+        # HunyuanVideo's: the same shape of latents, other values.
+        (
+            {"core_vae": SimpleNamespace(latent_dim=3, latent_channels=16, first_stage_model=torch.nn.Linear(1, 1))},
+            "is a Linear, not Wan's",
+        ),
     ],
     ids=str,
 )
@@ -113,7 +119,23 @@ def test_bad_input_is_named(handle: ModelHandle, image: torch.Tensor, changes: d
     assert torch.isfinite(sample(handle, image)[0]).all()
 
 
+def test_what_a_conditioning_carries_in_vain_is_said(handle: ModelHandle, image: torch.Tensor) -> None:
+    embeds = torch.rand(1, 7, 32, generator=torch.Generator().manual_seed(2))
+    conditioning = [[embeds, {"pooled_output": None, "attention_mask": None, "strength": 0.5, "area": (1, 2, 3, 4)}]]
+    _, _, text = sample(handle, image, positive_conditioning=conditioning)
+    assert "positive_conditioning carries area, strength, which Wan I2V Sampler does not use." in text
+    _, _, text = sample(handle, image, positive_conditioning=[[embeds, {"pooled_output": None}]])
+    assert "does not use" not in text
+
+
 # ---- core's VAE
+
+
+def test_cores_own_wan_vae_is_taken(handle: ModelHandle) -> None:
+    from comfy.ldm.wan.vae import WanVAE
+
+    model = WanVAE(dim=16, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    CoreVae(SimpleNamespace(latent_dim=3, latent_channels=16, first_stage_model=model), handle)
 
 
 class CoreLikeVae:
@@ -233,6 +255,17 @@ def test_the_loader_describes_without_loading(installed: str) -> None:
     assert isinstance(handle, ModelHandle)
     assert "planned for 832x480x81" in report and "high noise expert" in report
     assert OWNER.loaded is None
+
+
+def test_new_files_of_a_model_are_noticed(installed: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """ComfyUI would else hand out the loader's old output, and with it what the old files' headers said."""
+    before = loading.fingerprint(installed)
+    assert before == loading.fingerprint(installed) != ""
+    (tmp_path / "tiny").unlink()
+    shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    (tmp_path / "tiny" / "transformer" / "config.json").touch()
+    assert loading.fingerprint(installed) != before
+    assert loading.fingerprint("not here") == loading.fingerprint("Wan-AI/Wan2.2-I2V-A14B-Diffusers") == ""
 
 
 def test_the_loader_refuses_what_it_cannot_do(installed: str) -> None:

@@ -1,14 +1,18 @@
 """Bad input to a running ComfyUI: the node says what is wrong and what to do, and the next prompt works."""
 
+import io
 import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
+import numpy as np
 import pytest
 from comfy_client import PromptFailed, PromptRejected
 from comfy_server import TINY_MODEL, ComfyServer
+from PIL import Image
 
 LOADER, PHOTO, SAMPLER, PREVIEW = "1", "2", "3", "4"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -125,6 +129,18 @@ def test_what_is_corrected_is_shown_on_the_node(comfy_server: ComfyServer) -> No
     assert "72x50 is no multiple of 16; made 64x48 instead." in text
     assert "length 8 is not 4n+1; made 5 frames instead." in text
     assert len(entry["outputs"][PREVIEW]["images"]) == 5
+
+
+def test_both_executions_make_the_same_picture(comfy_server: ComfyServer) -> None:
+    """Through the queue as well; a server without a GPU has one device, which computes it all either way."""
+    results = []
+    for execution in ("sequential", "parallel"):
+        entry = comfy_server.run(prompt({"execution": execution}, seed=11))
+        files = [comfy_server.request(f"/view?{urlencode(image)}") for image in entry["outputs"][PREVIEW]["images"]]
+        results.append(np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]).astype(int))
+        assert "high noise expert" in entry["outputs"][LOADER]["text"][0]
+    assert results[0].std() > 1
+    assert np.abs(results[0] - results[1]).max() <= 1
 
 
 def test_a_model_that_is_repaired_works_without_a_restart(comfy_server: ComfyServer, tiny_checkpoint: Path) -> None:

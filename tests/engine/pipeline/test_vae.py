@@ -14,6 +14,7 @@ from wan_sharded.engine import Callbacks, ImageToVideoRequest, open_model
 from wan_sharded.engine.errors import Cancelled, CheckpointError
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
+from wan_sharded.engine.pipeline.vae import ModelVae
 from wan_sharded.engine.planning.budgets import CONTEXT_BYTES
 from wan_sharded.engine.planning.devices import GIB, Machine
 from wan_sharded.engine.planning.footprint import VideoShape, vae_bytes
@@ -157,3 +158,13 @@ def test_a_vae_that_cannot_be_loaded(tiny_checkpoint: Path, tmp_path: Path, quic
         engine(open_model(copy), quick())
     assert "Download it again" in str(caught.value)
     assert torch.isfinite(engine(open_model(tiny_checkpoint), quick()).frames).all(), "and the next run works"
+
+
+def test_a_precision_given_up_for_a_stage_comes_back(tiny_checkpoint: Path, quick: Request) -> None:
+    """Encoding in bf16 rounds the weights; decoding in float32 afterwards must not use those."""
+    vae = ModelVae(tiny_checkpoint / "vae", None, quick().shape, lambda: None, lambda note: None)  # type: ignore[arg-type]
+    as_published = {name: tensor.clone() for name, tensor in vae._in(torch.float32).state_dict().items()}
+    rounded = vae._in(torch.bfloat16).state_dict()
+    assert any(not torch.equal(rounded[name].float(), tensor) for name, tensor in as_published.items())
+    again = vae._in(torch.float32).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in as_published.items())

@@ -10,11 +10,13 @@ from wan_sharded.engine.checkpoints.diffusers_folder import HIGH_NOISE, open_dif
 from wan_sharded.engine.transformer.wan_block import QKV, TEXT_KV, fused_name
 from wan_sharded.engine.weights.expert import CPU, TOGETHER, Expert
 from wan_sharded.engine.weights.moving import inner_tensors
-from wan_sharded.engine.weights.packing import ALIGNMENT_BYTES, Layout, take_apart
+from wan_sharded.engine.weights.packing import Layout, take_apart
 from wan_sharded.engine.weights.precision import Precision, quantized_weight
 
 F32, BF16, INT8, FP8 = torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn
 LAZY = torch.device("lazy:0")
+# What kernels read at a time.
+ALIGNED = 16
 
 
 def mixed() -> dict[str, torch.Tensor]:
@@ -85,10 +87,10 @@ def test_every_tensor_is_aligned_and_none_overlaps() -> None:
     layout = Layout(tensors)
     flat = memory(layout)
     spans = sorted((offset(t, flat), offset(t, flat) + t.numel() * t.itemsize) for t in layout.bind(flat).values() if t.numel())
-    assert all(begin % ALIGNMENT_BYTES == 0 for begin, _ in spans)
+    assert all(begin % ALIGNED == 0 for begin, _ in spans)
     assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
-    assert spans[-1][1] <= layout.total_bytes and layout.total_bytes % ALIGNMENT_BYTES == 0
-    assert layout.total_bytes <= sum(t.numel() * t.itemsize for t in tensors.values()) + ALIGNMENT_BYTES * len(tensors)
+    assert spans[-1][1] <= layout.total_bytes and layout.total_bytes % ALIGNED == 0
+    assert layout.total_bytes <= sum(t.numel() * t.itemsize for t in tensors.values()) + ALIGNED * len(tensors)
 
 
 def test_filling_one_leaves_the_others() -> None:
@@ -137,7 +139,7 @@ def test_a_whole_shares_memory_with_its_members() -> None:
     assert bound.keys() == {*tensors, "q+k+v"}
     assert torch.equal(bound["q+k+v"], torch.cat([tensors[name] for name in "qkv"]))
     assert offset(bound["q+k+v"], flat) == offset(bound["q"], flat)
-    assert offset(bound["q+k+v"], flat) % ALIGNMENT_BYTES == 0
+    assert offset(bound["q+k+v"], flat) % ALIGNED == 0
     bound["k"].zero_()
     assert not bound["q+k+v"][3:6].any() and bound["q+k+v"][[0, 1, 2, 6, 7, 8]].all()
     assert torch.equal(bound["norm"], tensors["norm"])
@@ -190,10 +192,10 @@ def test_quantized_tensors_come_out_as_they_went_in(storage: torch.dtype, dtype:
     assert type(weight) is type(tensors["weight"]) and weight.shape == (9, 7) and weight.dtype == dtype
     for got, expected in zip(inner_tensors(weight), inner_tensors(tensors["weight"]), strict=True):
         assert got.dtype == expected.dtype and torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
-        assert 0 <= offset(got, flat) < layout.total_bytes and offset(got, flat) % ALIGNMENT_BYTES == 0
+        assert 0 <= offset(got, flat) < layout.total_bytes and offset(got, flat) % ALIGNED == 0
     x = torch.randn(2, 7).to(dtype)
     assert torch.equal(torch.nn.functional.linear(x, weight), torch.nn.functional.linear(x, tensors["weight"]))
-    assert layout.total_bytes < 9 * 7 + 9 * dtype.itemsize * 2 + 4 * ALIGNMENT_BYTES, "as small as the 8 bits are"
+    assert layout.total_bytes < 9 * 7 + 9 * dtype.itemsize * 2 + 4 * ALIGNED, "as small as the 8 bits are"
 
 
 def test_a_quantized_tensor_over_other_bytes_is_another_one() -> None:
