@@ -187,10 +187,10 @@ def _ways(execution: str, budgets: tuple[Budget, ...]) -> list[_Way]:
         return [_Way(False, budgets)]
     ways = [_Way(True, budgets)]
     if len(budgets) > 1 and all(b.device.speed_tflops for b in budgets):
+        # Without any one of them (a fast card may have a slow link), then without more and more of the slowest.
         slowest_first = sorted(budgets, key=lambda b: float(b.device.speed_tflops or 0))
-        for count in range(1, len(budgets)):
-            left_out = slowest_first[:count]
-            ways.append(_Way(True, tuple(b for b in budgets if b not in left_out)))
+        left_out = [[budget] for budget in slowest_first] + [slowest_first[:count] for count in range(2, len(budgets))]
+        ways += [_Way(True, tuple(b for b in budgets if b not in gone)) for gone in left_out]
     return [*ways, _Way(False, budgets)]  # which needs the least memory
 
 

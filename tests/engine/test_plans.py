@@ -72,6 +72,11 @@ def test_only_what_slows_the_others_down_is_left_out(tiny_checkpoint: Path) -> N
     assert plan.shares == {0: 0.5, 2: 0.5}
 
 
+def test_a_fast_gpu_behind_an_awfully_slow_link_is_left_out_alone(tiny_checkpoint: Path) -> None:
+    plan = plan_of(tiny_checkpoint, timed(0), timed(1, tflops=1.5, link_gb_s=0.01), timed(2, tflops=0.5))
+    assert plan.parallel and taking_part(plan) == [0, 2]
+
+
 def test_a_slow_gpu_behind_a_good_link_takes_part(tiny_checkpoint: Path) -> None:
     plan = plan_of(tiny_checkpoint, timed(0), timed(1, tflops=0.1))
     assert plan.parallel and taking_part(plan) == [0, 1]
