@@ -23,7 +23,7 @@ from .parallel.state import Timing
 from .parallel.workers import Worker
 from .planning.devices import GIB, DeviceInfo, gib
 from .planning.footprint import affordable_range_tokens
-from .planning.placement import HOST, SLACK_BYTES, Placement
+from .planning.placement import HOST, Placement
 from .plans import HOST_RESERVE_BYTES, Plan
 from .weights.expert import CPU, Expert
 from .weights.host_memory import HostPool
@@ -128,7 +128,7 @@ class LoadedModel:
             # Also where none of this expert's parts come to a device, it computes there.
             for budget in plan.budgets:
                 index = budget.device.index
-                self.make_room(index, placement.reserve_bytes[index] + SLACK_BYTES, budget.usable_bytes, keep=part)
+                self.make_room(index, placement.reserve_bytes[index], budget.usable_bytes, keep=part)
         parts = list(placement.homes)
         # Parts that leave a GPU go first, so that what arrives finds their room.
         parts.sort(key=lambda name: placement.homes[name] != HOST)

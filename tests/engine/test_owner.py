@@ -29,7 +29,7 @@ from wan_sharded.engine.weights.expert import CPU, NOWHERE
 
 MIB = 1024**2
 # Activations, embeddings and the VAE of 64x48x5, generously.
-SMALL_CHANGE = 3 * MIB
+SMALL_CHANGE = int(3.5 * MIB)
 EXPERTS = ("transformer", "transformer_2")
 
 

@@ -277,7 +277,7 @@ def test_every_input_on_several_devices(
 ) -> None:
     """One engine, one run after another: batch, last image, no guidance, and back."""
     expert = TinyExpert(tiny_checkpoint)
-    rooms = [4.2, 1.2] if execution == "sequential" else [6.2, 3.2]
+    rooms = [4.2, 1.2] if execution == "sequential" else [5.2, 3.2]
     sliders = expert.sliders(make_request(batch_size=2).shape, [room * expert.block_bytes for room in rooms])
     handle = open_model(tiny_checkpoint, weight_dtype="fp32", execution=execution, max_memory_gib=sliders)
     with ImaginedGpus():
