@@ -187,9 +187,11 @@ def _ways(execution: str, budgets: tuple[Budget, ...]) -> list[_Way]:
         return [_Way(False, budgets)]
     ways = [_Way(True, budgets)]
     if len(budgets) > 1 and all(b.device.speed_tflops for b in budgets):
-        # Without any one of them (a fast card may have a slow link), then without more and more of the slowest.
-        slowest_first = sorted(budgets, key=lambda b: float(b.device.speed_tflops or 0))
+        # Without any one of them (a fast card may have a slow link), without more and more of the slowest, and each alone.
+        slowest_first = sorted(budgets, key=lambda b: (float(b.device.speed_tflops or 0), float(b.device.link_bytes_per_s or 0)))
         left_out = [[budget] for budget in slowest_first] + [slowest_first[:count] for count in range(2, len(budgets))]
+        if len(budgets) > 2:
+            left_out += [[other for other in budgets if other is not budget] for budget in slowest_first[:-1]]
         ways += [_Way(True, tuple(b for b in budgets if b not in gone)) for gone in left_out]
     return [*ways, _Way(False, budgets)]  # which needs the least memory
 
@@ -279,8 +281,9 @@ def _reason(best: _Found, first: _Found, preferred: _Way) -> tuple[str, ...]:
     left_out = [b.device.label for b in preferred.budgets if b not in way.budgets]
     if left_out:
         what = f"{' and '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out"
-    if best is first or expected is None or first[2] is None:
-        return (f"{what}: everything else needs more memory than the GPUs may use.",)
+    if first[0] != preferred or expected is None or first[2] is None:
+        whole = "all GPUs at once need" if len(preferred.budgets) > 1 else "fetching ahead needs"
+        return (f"{what}: {whole} more memory than {'they' if len(preferred.budgets) > 1 else 'it'} may use.",)
     return (
         f"{what}: a forward is expected to take {expected.seconds:.1f} s so, and {first[2].seconds:.1f} s with all GPUs at once, held up by {first[2].limit}.",
     )

@@ -139,7 +139,7 @@ class ParallelForward:
             return False
         self._on_stage("Compiling the blocks")
         functions.compile()
-        return True
+        return functions.compiled
 
     def _time_blocks(self, given: list[torch.Tensor | None]) -> None:
         """Compute the first blocks for nothing but the last one's times."""

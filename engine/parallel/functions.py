@@ -64,8 +64,12 @@ class BlockFunctions:
         """Use compiled halves from the next call on; the work is done at the first call on each device."""
         # One graph each, or an error that says what is in the way.
         halves = (self.math.project, self.math.project_into, self.math.finish)
-        self._compiled = {function.__name__: torch.compile(function, fullgraph=True) for function in halves}
-        self.compiled = True
+        try:
+            self._compiled = {function.__name__: torch.compile(function, fullgraph=True) for function in halves}
+        except RuntimeError as error:  # a Python or a system that torch can't compile for at all
+            self._give_up(error)
+        else:
+            self.compiled = True
 
     def _give_up(self, error: Exception) -> None:
         """Go on with plain functions, for good."""

@@ -111,7 +111,8 @@ def worker_activation_bytes(
     own = share * shape.tokens
     attention = EVERYBODYS_KEYS * shape.tokens + OWN_ATTENTION_TENSORS * own
     rest = EVERYBODYS_KEYS * shape.tokens + OWN_WHOLE_TENSORS * own + RANGE_TENSORS * range_tokens(math.ceil(own))
-    handing_out = (EVERYBODYS_KEYS + 1) * shape.tokens + own if main else 0
+    # All tokens, and each worker's copy of its own on the way there, beside the last forward's keys and values.
+    handing_out = (EVERYBODYS_KEYS + 2) * shape.tokens if main else 0
     block = max(attention, rest, handing_out) * shape.batch_size * width * element_bytes + widened_bytes
     return int(fragmentation * block) + RUN_OVERHEAD_BYTES
 

@@ -165,7 +165,7 @@ def _place_parallel(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
     blocks = replace(wish, sizes=wish.block_sizes)
     fetch_bytes = fetched if len(budgets) > 1 else 0
     homes, notes = _homes(blocks, _room_for_blocks(room, fetch_bytes, main, others))
-    if not fetch_bytes and HOST in homes.values():
+    if not fetch_bytes and _on_host(homes):
         fetch_bytes = fetched
         homes, notes = _homes(blocks, _room_for_blocks(room, fetch_bytes, main, others))
     reserve = {index: size + fetch_bytes for index, size in wish.activation_bytes.items()}
@@ -206,7 +206,8 @@ def _homes(wish: _Wish, room: Mapping[int, int]) -> tuple[dict[str, Home], tuple
 
 
 def _on_host(homes: Mapping[str, Home]) -> int:
-    return sum(home == HOST for home in homes.values())
+    """Parts without a device; accelerate says "disk" where system memory has no room for them either."""
+    return sum(not isinstance(home, int) for home in homes.values())
 
 
 def _filled(wish: _Wish, room: Mapping[int, int]) -> tuple[dict[str, Home], tuple[str, ...]]:

@@ -77,6 +77,16 @@ def test_a_fast_gpu_behind_an_awfully_slow_link_is_left_out_alone(tiny_checkpoin
     assert plan.parallel and taking_part(plan) == [0, 2]
 
 
+def test_one_of_three_alone_where_the_others_only_hold_it_up(heavy: Path) -> None:
+    """And the reason is the one: all at once would not fit, so nothing is said of its seconds."""
+    expert = TinyExpert(heavy)
+    sliders = {0: 0.0, 1: 0.0, 2: expert.slider_gib(TINY, 1.5 * expert.block_bytes)}
+    plan = plan_of(heavy, timed(0), timed(1, link_gb_s=0.0001), timed(2, tflops=0.5), shape=TINY, max_memory_gib=sliders)
+    assert taking_part(plan) == [0]
+    (note,) = [note for note in plan.notes if "left out" in note]
+    assert note.endswith("are left out: all GPUs at once need more memory than they may use."), note
+
+
 def test_a_slow_gpu_behind_a_good_link_takes_part(tiny_checkpoint: Path) -> None:
     plan = plan_of(tiny_checkpoint, timed(0), timed(1, tflops=0.1))
     assert plan.parallel and taking_part(plan) == [0, 1]
@@ -97,7 +107,7 @@ def test_one_at_a_time_where_all_at_once_does_not_fit(heavy: Path, known: bool) 
     device = timed(0, tflops=1.0 if known else None)
     plan = plan_of(heavy, device, shape=TINY, max_memory_gib=sliders, offload="cpu")
     assert not plan.parallel and taking_part(plan) == [0]
-    assert "One GPU computes at a time, and fetches no block ahead: everything else needs more memory than the GPUs may use." in plan.notes
+    assert "One GPU computes at a time, and fetches no block ahead: fetching ahead needs more memory than it may use." in plan.notes
     assert plan_of(heavy, device, shape=TINY, offload="cpu").parallel, "only for want of memory"
     with pytest.raises(PlacementError, match="for activations and the block being fetched"):
         plan_of(heavy, device, shape=TINY, max_memory_gib=sliders, offload="cpu", execution="parallel")
@@ -108,7 +118,7 @@ def test_a_gpu_too_small_for_its_part_is_left_out(heavy: Path) -> None:
     sliders = {0: 0.0, 1: expert.slider_gib(TINY, 1.5 * expert.block_bytes)}
     plan = plan_of(heavy, timed(0), timed(1, tflops=0.5), shape=TINY, max_memory_gib=sliders)
     assert plan.parallel and taking_part(plan) == [0]
-    assert "GPU 1 · Imagined 64 GB is left out: everything else needs more memory than the GPUs may use." in plan.notes
+    assert "GPU 1 · Imagined 64 GB is left out: all GPUs at once need more memory than they may use." in plan.notes
 
 
 def test_one_at_a_time_where_links_are_slower_than_that(heavy: Path) -> None:

@@ -220,6 +220,16 @@ def test_a_worker_whose_speed_changes_gets_another_share(monkeypatch, kind: Call
     assert tokens_of_the_next() == [42, 63], "its memory was planned for no more"
 
 
+def test_nothing_is_learnt_while_some_have_nothing_to_do(monkeypatch, kind: Callable[[str], Kind]) -> None:
+    """Measured and guessed speeds are in different units."""
+    _, expert, _ = kind("14b")
+    forward = clocked(monkeypatch, expert, [1.0, 1.0, 1.0], Clock(100.0, 100.0, 400.0), timed=True)
+    forward(**inputs(frames=1, size=(2, 4)))
+    assert tokens_of(forward) == {0: 1, 2: 1}
+    forward(**inputs())
+    assert tokens_of(forward) == {0: 35, 1: 35, 2: 35}
+
+
 # ---- stopping in the middle
 
 

@@ -122,6 +122,20 @@ def test_one_compiled_version_serves_all_blocks_and_all_sizes(monkeypatch, both:
 # ---- a compiler that does not
 
 
+def test_a_torch_that_cannot_compile_at_all(tiny: Expert, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not supported on Python 3.99")
+
+    monkeypatch.setattr(functions_module, "can_compile", lambda: True)
+    monkeypatch.setattr(torch, "compile", refuse)
+    functions = BlockFunctions(tiny.math)
+    given = inputs(channels=36)
+    with torch.inference_mode():
+        got = forward_of(tiny, functions)(**given).sample
+        assert relative(got, forward_of(tiny, BlockFunctions(tiny.math), forwards_left=0)(**given).sample) < 1e-5
+    assert functions.failure == "RuntimeError: not supported on Python 3.99" and not functions.compiled
+
+
 def test_what_fails_once_is_not_tried_again(caplog: pytest.LogCaptureFixture, tiny: Expert, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions_module, "can_compile", lambda: True)
     monkeypatch.setattr(torch, "compile", failing_compiler(RuntimeError("no"), after=1))

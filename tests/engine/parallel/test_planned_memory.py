@@ -121,6 +121,9 @@ def peaks(monkeypatch: pytest.MonkeyPatch, expert: Expert, shape: VideoShape, sh
         (P480, [0.5, 0.5], 0),
         (P480, [0.1, 0.9], 1),
         (P720, [0.7, 0.2, 0.1], 0),
+        # The main one holds all tokens before the blocks, however few it computes.
+        (P720, [0.25] * 4, 0),
+        (P480, [0.02, 0.98], 0),
         (VideoShape(832, 480, 81, 2), [0.5, 0.5], 0),
     ],
     ids=str,

@@ -171,6 +171,12 @@ def test_the_first_with_room_hands_the_tokens_out_not_the_roomiest(wan_14b: WanT
     assert squeezed.main_device == 1 and squeezed.weight_bytes(0) == 0
 
 
+@pytest.mark.parametrize("host_gib", [56, 0])
+def test_what_fits_on_the_gpus_fits_without_system_memory(wan_14b: WanTransformer3DModel, host_gib: float) -> None:
+    placement = place(wan_14b, machine(gpu(0, 24), gpu(1, 12), host_gib=host_gib), {}, INT8)
+    assert placement.weight_bytes(HOST) == 0
+
+
 def test_offload_none_raises_where_not_all_fits(wan_14b: WanTransformer3DModel) -> None:
     pair = machine(gpu(0, 16), gpu(1, 12))
     with pytest.raises(PlacementError, match="and offload is 'none'. Set offload to 'auto', or choose a smaller weight_dtype"):
