@@ -3,7 +3,6 @@
 Made and kept by the owner of loaded models; the pipeline asks it for an expert, or for room on a device. Knows no files and no pictures.
 """
 
-import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -28,8 +27,6 @@ from .plans import HOST_RESERVE_BYTES, Plan
 from .weights.expert import CPU, Expert
 from .weights.host_memory import HostPool
 from .weights.precision import Precision
-
-logger = logging.getLogger(__name__)
 
 # Called with (parts done, parts in all, what is being loaded); may raise to cancel.
 OnLoad = Callable[[int, int, str], None]

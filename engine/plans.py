@@ -3,7 +3,6 @@
 Joins what the pure planning needs to what a model is; called by the owner of loaded models.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,8 +20,6 @@ from .planning.placement import Placement, place_expert
 from .planning.remedies import check_host_memory, length_remedy
 from .weights.expert import CPU, Expert
 from .weights.precision import Precision
-
-logger = logging.getLogger(__name__)
 
 # System memory that parked weights never take.
 HOST_RESERVE_BYTES = 2 * GIB

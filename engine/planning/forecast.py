@@ -13,7 +13,7 @@ from .placement import HOST, Placement
 from .shares import proportions
 
 # What a whole forward reaches of a device's speed at matrix products, attention and what stands between them included
-# (benchmarks/parallel.py: 525 of 800 TFLOP/s on an H200).
+# (about two thirds where measured, on an H200).
 REACHED_SHARE = 0.65
 # A device takes part, and parallel is preferred, unless it makes a forward longer by more than this.
 WORSE_BY = 1.03

@@ -6,13 +6,12 @@ inside them are plain tensors, and those move.
 
 import torch
 
+from .packing import take_apart
+
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors inside a tensor; of a plain one, itself."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]
+    return take_apart(tensor)[0]
 
 
 def moved(tensor: torch.Tensor, device: torch.device, *, copy: bool = False) -> torch.Tensor:
@@ -23,8 +22,5 @@ def moved(tensor: torch.Tensor, device: torch.device, *, copy: bool = False) -> 
         device: where to.
         copy: never the same memory, even on the same device.
     """
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.to(device, copy=copy)
-    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    inner = {name: moved(getattr(tensor, name), device, copy=copy) for name in names}
-    return type(tensor).__tensor_unflatten__(inner, context, tensor.size(), tensor.stride())  # type: ignore[attr-defined]
+    pieces, rebuild = take_apart(tensor)
+    return rebuild(iter([piece.to(device, copy=copy) for piece in pieces]))
