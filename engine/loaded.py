@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from . import probe
-from .checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE
+from .checkpoints.stored import EXPERT_WORDS, HIGH_NOISE
 from .handle import ModelHandle
 from .parallel.crew import Crew, Share
 from .parallel.forward import ParallelForward
@@ -40,7 +40,7 @@ class LoadedModel:
     def __init__(self, handle: ModelHandle, precision: Precision):
         self._host_pool = HostPool()
         self.experts: Mapping[str, Expert] = {
-            part: Expert(EXPERT_WORDS[part], files, precision, self._host_pool) for part, files in handle.folder.experts.items()
+            part: Expert(EXPERT_WORDS[part], files, precision, self._host_pool) for part, files in handle.model.experts.items()
         }
         self.precision = precision
         self.plan: Plan | None = None

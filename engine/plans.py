@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .checkpoints.diffusers_folder import HIGH_NOISE
+from .checkpoints.stored import HIGH_NOISE
 from .errors import PlacementError
 from .handle import ModelHandle
 from .planning.budgets import Budget, budgets_for

@@ -4,56 +4,15 @@ Checking reads configurations and headers only, so a broken model is named withi
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .safetensors_header import TensorEntry, read_header
+from .safetensors_header import read_header
+from .stored import EXPERT_WORDS, HIGH_NOISE, INPUT_CHANNELS, LATENT_CHANNELS, LOW_NOISE, ComponentFiles, ModelFiles, StoredTensor, fingerprint_of
 
-HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"
-EXPERT_WORDS = {HIGH_NOISE: "high noise expert", LOW_NOISE: "low noise expert"}
 SUPPORTED_PIPELINES = ("WanImageToVideoPipeline",)
-LATENT_CHANNELS = 16
-# Noise, the picture's latents, and four channels that say which frames are given.
-INPUT_CHANNELS = 2 * LATENT_CHANNELS + 4
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
-
-
-@dataclass(frozen=True)
-class ComponentFiles:
-    """The weights of one component: which file holds which tensor, and what the headers say of it."""
-
-    folder: Path
-    tensors: dict[str, tuple[Path, TensorEntry]]
-
-    @property
-    def stored_dtype(self) -> str:
-        """The format's name of the dtype most of the elements have ("F32", "BF16", ...)."""
-        counts: dict[str, int] = {}
-        for _, entry in self.tensors.values():
-            count = 1
-            for n in entry.shape:
-                count *= n
-            counts[entry.dtype] = counts.get(entry.dtype, 0) + count
-        return max(counts, key=lambda name: counts[name])
-
-
-@dataclass(frozen=True)
-class DiffusersFolder:
-    """A checked Wan 2.2 image-to-video model.
-
-    Attributes:
-        path: the model's folder.
-        boundary_ratio: where the high noise expert hands over, as the model's own configuration says; ``None`` for one expert.
-        experts: the files of "transformer" and "transformer_2".
-        fingerprint: changes when a file of the model does; part of the identity of what is loaded.
-    """
-
-    path: Path
-    boundary_ratio: float | None
-    experts: dict[str, ComponentFiles]
-    fingerprint: str
 
 
 def is_diffusers_folder(path: Path) -> bool:
@@ -65,7 +24,7 @@ def is_diffusers_folder(path: Path) -> bool:
     return index.get("_class_name") in SUPPORTED_PIPELINES
 
 
-def open_diffusers_folder(path: Path) -> DiffusersFolder:
+def open_diffusers_folder(path: Path) -> ModelFiles:
     """Check a model folder and describe it.
 
     Raises:
@@ -104,7 +63,15 @@ def open_diffusers_folder(path: Path) -> DiffusersFolder:
             " Download the model again."
         )
     boundary = index.get("boundary_ratio")
-    return DiffusersFolder(path, boundary if isinstance(boundary, float) else None, experts, _fingerprint(path))
+    return ModelFiles(
+        path.name,
+        experts,
+        text_encoder=path / "text_encoder",
+        tokenizer=path / "tokenizer",
+        vae=path / "vae",
+        fingerprint=f"{path}|{_fingerprint(path)}",
+        boundary_ratio=boundary if isinstance(boundary, float) else None,
+    )
 
 
 def component_config(folder: Path) -> dict[str, Any]:
@@ -123,9 +90,9 @@ def _expert_files(folder: Path) -> ComponentFiles:
         raise CheckpointError(
             f"{folder.name} in {folder.parent.name} is a {config.get('_class_name')}, not a Wan transformer (WanTransformer3DModel)."
         )
-    tensors: dict[str, tuple[Path, TensorEntry]] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
-        tensors.update({name: (file, entry) for name, entry in read_header(file).items()})
+        tensors.update(read_header(file))
     if not tensors:
         raise CheckpointError(f"{folder.parent.name}/{folder.name} holds no tensors. Download it again.")
     # Before a model of that many blocks is built.
@@ -140,7 +107,7 @@ def _expert_files(folder: Path) -> ComponentFiles:
             f"{folder.parent.name}/{folder.name} takes {config.get('in_channels')} channels, a Wan 2.2 image-to-video expert takes "
             f"{INPUT_CHANNELS}. Choose an I2V model."
         )
-    return ComponentFiles(folder, tensors)
+    return ComponentFiles(f"{folder.parent.name}/{folder.name}", config, tensors)
 
 
 def _block_number(tensor: str) -> str:
@@ -187,9 +154,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path) -> str:
-    stamps = []
-    for part in (HIGH_NOISE, LOW_NOISE, "vae", "text_encoder", "tokenizer"):
-        for file in sorted((path / part).iterdir()):
-            stat = file.stat()
-            stamps.append(f"{part}/{file.name}:{stat.st_size}:{stat.st_mtime_ns}")
-    return "|".join(stamps)
+    parts = (HIGH_NOISE, LOW_NOISE, "vae", "text_encoder", "tokenizer")
+    return fingerprint_of([file for part in parts for file in sorted((path / part).iterdir())])

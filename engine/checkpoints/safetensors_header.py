@@ -3,11 +3,11 @@
 import json
 import math
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .stored import StoredTensor
 
 # The format's own limit; a longer header is damage or an attack.
 MAX_HEADER_BYTES = 100_000_000
@@ -18,16 +18,13 @@ ELEMENT_BITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor as the header describes it: the format's dtype name and the shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """As :func:`read_header_and_metadata`, without the metadata."""
+    return read_header_and_metadata(path)[0]
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file, by name, after checking that the file is whole.
+def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file, by name, after checking that the file is whole, and the texts its author put beside them.
 
     Raises:
         CheckpointError: missing, unreadable, no safetensors file, truncated, or with offsets that don't add up.
@@ -45,43 +42,39 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror or error}. Check the file and its permissions, or download it again."
         ) from error
+    data_begin = 8 + header_length
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = {tensor: _entry(value) for tensor, value in header.items()}
-        offsets = {tensor: _offsets(value) for tensor, value in header.items()}
+        texts = header.pop("__metadata__", None) or {}
+        metadata = {str(key): value for key, value in texts.items() if isinstance(value, str)}
+        entries = {tensor: _entry(path, tensor, value, data_begin) for tensor, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{name} has a damaged safetensors header. Download it again.") from error
-    _check_offsets(name, entries, offsets, size - 8 - header_length)
-    return entries
+    _check_offsets(name, entries, data_begin, size)
+    return entries, metadata
 
 
-def _entry(value: dict[str, Any]) -> TensorEntry:
+def _entry(path: Path, key: str, value: dict[str, Any], data_begin: int) -> StoredTensor:
     shape, dtype = value["shape"], value["dtype"]
     if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape) or not isinstance(dtype, str):
         raise ValueError("shape or dtype")
-    return TensorEntry(dtype, tuple(shape))
-
-
-def _offsets(value: dict[str, Any]) -> tuple[int, int]:
     begin, end = value["data_offsets"]
     if type(begin) is not int or type(end) is not int:
         raise ValueError("data_offsets")
-    return begin, end
+    return StoredTensor(path, key, dtype, tuple(shape), data_begin + begin, end - begin)
 
 
-def _check_offsets(name: str, entries: dict[str, TensorEntry], offsets: dict[str, tuple[int, int]], data_bytes: int) -> None:
+def _check_offsets(name: str, entries: dict[str, StoredTensor], data_begin: int, size: int) -> None:
     """The tensors must lie one behind another and fill the file: that rules out overlaps, holes and a missing end."""
-    expected_begin = 0
-    for tensor, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
-        entry = entries[tensor]
+    expected = data_begin
+    for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.size_bytes)):
         bits = ELEMENT_BITS.get(entry.dtype)
         if bits is None:
-            raise CheckpointError(f"{name}: tensor {tensor} has the unknown dtype {entry.dtype}. Download the file again.")
-        if begin != expected_begin or end - begin != (math.prod(entry.shape) * bits + 7) // 8:
-            raise CheckpointError(f"{name}: tensor {tensor} has offsets that don't match its shape. Download the file again.")
-        expected_begin = end
-    if expected_begin != data_bytes:
+            raise CheckpointError(f"{name}: tensor {entry.key} has the unknown dtype {entry.dtype}. Download the file again.")
+        if entry.offset != expected or entry.size_bytes != (math.prod(entry.shape) * bits + 7) // 8:
+            raise CheckpointError(f"{name}: tensor {entry.key} has offsets that don't match its shape. Download the file again.")
+        expected += entry.size_bytes
+    if expected != size:
         raise CheckpointError(
-            f"{name} is truncated or padded: its tensors take {expected_begin} bytes, the file holds {data_bytes}. Download it again."
+            f"{name} is truncated or padded: its tensors take {expected - data_begin} bytes, the file holds {size - data_begin}. Download it again."
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import probe
-from ..checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE
+from ..checkpoints.stored import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE
 from ..errors import InvalidRequestError
 from ..handle import ModelHandle
 from ..loaded import LoadedModel
@@ -143,7 +143,7 @@ class _Run:
             probe.reset_peak(budget.device.torch_device)
         prompt, negative = self._prompt_embeds()
         vae = vae or ModelVae(
-            self.handle.folder.path / "vae", self.loaded, self.request.shape, self.callbacks.check_cancelled, self.notes.append
+            self.handle.model, self.loaded, self.request.shape, self.callbacks.check_cancelled, self.notes.append
         )
         latents = self._denoise(vae, prompt, negative)
         timings = self.loaded.timings()
@@ -157,12 +157,12 @@ class _Run:
         )
 
     def _prompt_embeds(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        request, folder = self.request, self.handle.folder
+        request, model = self.request, self.handle.model
         given = [request.prompt_embeds, request.negative_prompt_embeds if request.needs_negative else None]
         texts = [None if given[0] is not None else request.prompt]
         texts.append(request.negative_prompt if request.needs_negative and given[1] is None else None)
         wanted = [text for text in texts if text is not None]
-        encoded = self.embeddings.encode(folder.path, folder.fingerprint, wanted, self.loaded, self.callbacks) if wanted else []
+        encoded = self.embeddings.encode(model, wanted, self.loaded, self.callbacks) if wanted else []
         found = iter(encoded)
         embeds = [next(found) if text is not None else embed for text, embed in zip(texts, given, strict=True)]
         config: Any = self.loaded.experts[HIGH_NOISE].model.config
