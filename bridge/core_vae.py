@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from ..engine import probe
-from ..engine.checkpoints.diffusers_folder import component_config
 from ..engine.errors import InvalidRequestError
 from ..engine.handle import ModelHandle
+from ..engine.pipeline.vae import vae_config
 
 
 def _without_our_limits():
@@ -42,8 +42,7 @@ class CoreVae:
                 "to use the model's own."
             )
         self._vae = vae
-        config = component_config(handle.folder.path / "vae")
-        self.config = SimpleNamespace(**{"scale_factor_temporal": 4, "scale_factor_spatial": 8, **config})
+        self.config = SimpleNamespace(**vae_config(handle.model.vae))
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """[B, 3, T, H, W] in -1..1 -> [B, 16, F, h, w]."""

@@ -1,12 +1,18 @@
 """The loader node's work: choices to a handle, and the placement it would have, in words."""
 
+import hashlib
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 from ..engine import OWNER, ModelHandle, open_model, probe
 from ..engine.errors import PlacementError, WanShardedError
 from ..engine.pipeline.image_to_video import plan_report
 from ..engine.planning.footprint import VideoShape
-from . import memory, model_files, progress
+from . import memory, progress
+from .model_files import FROM_MODEL, NONE, choose
+
+logger = logging.getLogger(__name__)
 
 # What the loader plans for; the sampler plans again for its own size.
 DEFAULT_SHAPE = VideoShape(832, 480, 81)
@@ -29,20 +35,15 @@ def make_handle(
     """Check the choices, download the model where need be, and plan.
 
     Returns:
-        The handle, and the placement for 832x480x81 in words.
+        The handle; and what was found by itself, and the placement for 832x480x81, in words.
 
     Raises:
         WanShardedError: with the remedy.
     """
-    model_files.refuse_single_files(
-        model,
-        high_noise_model=(high_noise_model, "none"),
-        low_noise_model=(low_noise_model, "none"),
-        text_encoder=(text_encoder, "from model"),
-        vae=(vae, "from model"),
-    )
+    choice = choose(model, high_noise_model, low_noise_model, text_encoder, vae)
     handle = open_model(
-        model_files.resolve_model(model),
+        choice.model,
+        **choice.files,
         max_memory_gib={index: value for index, value in enumerate(sliders_gib) if value != 0},
         weight_dtype=weight_dtype,
         device_map=device_map,
@@ -51,16 +52,30 @@ def make_handle(
         node_id=node_id,
         on_download=progress.DownloadProgress(node_id),
     )
-    return handle, describe(handle)
+    handle = replace(handle, model=replace(handle.model, notes=(*choice.notes, *handle.model.notes)))
+    for note in handle.model.notes:
+        logger.info("Wan Sharded Loader: %s", note)
+    return handle, "\n".join((*handle.model.notes, describe(handle)))
 
 
-def fingerprint(model: str) -> str:
+def fingerprint(
+    model: str | None,
+    high_noise_model: str | None = NONE,
+    low_noise_model: str | None = NONE,
+    text_encoder: str | None = FROM_MODEL,
+    vae: str | None = FROM_MODEL,
+) -> str:
     """Changes when the files of a model on this computer do, so that ComfyUI does not reuse an old loader's output for new files."""
+    if model is None or high_noise_model is None or low_noise_model is None or text_encoder is None or vae is None:
+        return ""  # a widget that another node fills is not known yet
     try:
-        folder = model_files.resolve_model(model)
-        path = Path(folder)
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
-        return "|".join(f"{file.relative_to(path)}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+        choice = choose(model, high_noise_model, low_noise_model, text_encoder, vae)
+        folder = None if choice.model is None else Path(choice.model)
+        files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder and folder.is_dir() else []
+        files += [file for file in choice.files.values() if file]
+        stats = "|".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+        # ComfyUI writes this into every saved video, where nobody's folders belong.
+        return hashlib.sha256(stats.encode()).hexdigest() if files else ""
     except (WanShardedError, OSError):
         return ""  # the node itself says what is wrong
 

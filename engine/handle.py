@@ -1,26 +1,19 @@
 """What the ``WAN_SHARDED_MODEL`` socket carries: a description of what to load, a few hundred bytes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .checkpoints.assemble import assemble_model, with_partner
 from .checkpoints.diffusers_folder import open_diffusers_folder
-from .checkpoints.hub import OnProgress, download_model, is_hub_id
-from .checkpoints.lora import LoraFile
+from .checkpoints.hub import OnProgress, cached_folder, download_model, is_hub_id
+from .checkpoints.lora import LoraChoice
 from .checkpoints.stored import ModelFiles
 from .errors import InvalidRequestError
 from .planning.placement import DEVICE_MAPS, OFFLOADS
 from .weights.precision import WEIGHT_DTYPES
 
 EXECUTIONS = ("auto", "parallel", "sequential")
-
-
-@dataclass(frozen=True)
-class LoraChoice:
-    """A LoRA for one expert, and how strongly it is added."""
-
-    file: LoraFile
-    strength: float
 
 
 @dataclass(frozen=True)
@@ -58,8 +51,12 @@ class ModelHandle:
 
 
 def open_model(
-    model: str | Path,
+    model: str | Path | None = None,
     *,
+    high_noise_model: str | Path | None = None,
+    low_noise_model: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
     max_memory_gib: Mapping[int, float] | None = None,
     weight_dtype: str = "default",
     device_map: str = "balanced",
@@ -71,7 +68,13 @@ def open_model(
     """Describe a model for :func:`engine.generate`; checks the files, loads no weights.
 
     Args:
-        model: a folder in diffusers format, or a Hub id (downloaded on first use).
+        model: a folder in diffusers format, or a Hub id (downloaded on first use, unless both experts come from files); ``None`` where
+            everything comes from files.
+        high_noise_model: a file (safetensors or GGUF) in the place of the model's high noise expert. With ``model=None``, one expert's file
+            is enough if the other's is beside it under the same name with "low" instead of "high".
+        low_noise_model: the same for the low noise expert.
+        text_encoder: a file in the place of the model's text encoder. Not needed for prompts that are embeddings already.
+        vae: a file in the place of the model's VAE. Not needed if a run is given one.
         max_memory_gib: visible GPU index -> the most this may use there, GiB, everything included. 0 or missing =
             automatic, -1 = leave that GPU out.
         on_download: called with (bytes done, bytes in all).
@@ -80,8 +83,34 @@ def open_model(
         CheckpointError: the model is missing, incomplete or no Wan 2.2 I2V model.
         InvalidRequestError: an unknown choice.
     """
+    high, low, encoder, vae_file = (None if file is None else Path(file) for file in (high_noise_model, low_noise_model, text_encoder, vae))
+    notes: list[str] = []
+    if model is None:
+        high, low, notes = _beside(high, low)
+    folder = None if model is None else _model_folder(str(model), high is not None and low is not None, on_download)
+    if model is not None and folder is None and None in (encoder, vae_file):
+        notes = [f"{model} was not downloaded, since both experts come from files: give files for text_encoder and vae as well."]
+    whole = None if folder is None else open_diffusers_folder(folder)
+    files = whole
+    if files is None or any((high, low, encoder, vae_file)):
+        files = assemble_model(whole, high_noise=high, low_noise=low, text_encoder=encoder, vae=vae_file)
+    files = replace(files, notes=(*files.notes, *notes))
+    return ModelHandle(files, weight_dtype, device_map, execution, offload, dict(max_memory_gib or {}), node_id=node_id)
+
+
+def _model_folder(model: str, has_experts: bool, on_download: OnProgress | None) -> Path | None:
+    """The folder of a model; ``None`` for one of the Hub that is not here and whose experts, nearly all of it, are not needed."""
     path = Path(model)
-    folder = path if path.exists() or not is_hub_id(str(model)) else download_model(str(model), on_download)
-    return ModelHandle(
-        open_diffusers_folder(folder), weight_dtype, device_map, execution, offload, dict(max_memory_gib or {}), node_id=node_id
-    )
+    if path.exists() or not is_hub_id(model):
+        return path
+    return cached_folder(model) if has_experts else download_model(model, on_download)
+
+
+def _beside(high_noise: Path | None, low_noise: Path | None) -> tuple[Path | None, Path | None, list[str]]:
+    """Both experts' files; where one is given, the other from the same folder, with a note."""
+    given = high_noise or low_noise
+    if given is None or not given.is_file():
+        return high_noise, low_noise, []
+    names = sorted(file.name for file in given.parent.iterdir())
+    high, low, notes = with_partner(*(file.name if file else None for file in (high_noise, low_noise)), choices=names)
+    return given.with_name(high) if high else None, given.with_name(low) if low else None, notes

@@ -4,7 +4,7 @@ Made and kept by the owner of loaded models; the pipeline asks it for an expert,
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from typing import Any
@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from . import probe
+from .checkpoints.lora import LoraChoice
 from .checkpoints.stored import EXPERT_WORDS, HIGH_NOISE
 from .handle import ModelHandle
 from .parallel.crew import Crew, Share
@@ -27,6 +28,7 @@ from .plans import HOST_RESERVE_BYTES, Plan
 from .weights.expert import CPU, Expert
 from .weights.host_memory import HostPool
 from .weights.precision import Precision
+from .weights.reading import TensorReader
 
 # Called with (parts done, parts in all, what is being loaded); may raise to cancel.
 OnLoad = Callable[[int, int, str], None]
@@ -38,9 +40,9 @@ class LoadedModel:
     """Both experts of one model in memory. Made and kept by :class:`ModelOwner` only."""
 
     def __init__(self, handle: ModelHandle, precision: Precision):
-        self._host_pool = HostPool()
+        self._host_pool, reader = HostPool(), TensorReader()
         self.experts: Mapping[str, Expert] = {
-            part: Expert(EXPERT_WORDS[part], files, precision, self._host_pool) for part, files in handle.model.experts.items()
+            part: Expert(EXPERT_WORDS[part], files, precision, self._host_pool, reader) for part, files in handle.model.experts.items()
         }
         self.precision = precision
         self.plan: Plan | None = None
@@ -50,13 +52,22 @@ class LoadedModel:
         self.ceilings: dict[torch.device, int] = {}
         # Of the current run; decides whether compiling pays.
         self.forwards_left = 0
-        self.functions = BlockFunctions(self.experts[HIGH_NOISE].math, compilable=not precision.quantized)
+        compilable = all(expert.compilable for expert in self.experts.values())
+        self.functions = BlockFunctions(self.experts[HIGH_NOISE].math, compilable=compilable)
         self._crew: Crew | None = None
         self._crew_key: tuple[Any, ...] = ()
         self._calls: dict[str, Callable[..., Any]] = {}
         self._dispatched: dict[str, Placement] = {}
         self._check_cancelled: Callable[[], None] = lambda: None
         self._on_stage: Callable[[str], None] = lambda words: None
+
+    def use_loras(self, loras: Mapping[str, Sequence[LoraChoice]]) -> None:
+        """Have these LoRAs, by expert, from the next activation on."""
+        changed = [part for part, expert in self.experts.items() if expert.use_loras(loras.get(part, ()))]
+        if changed:
+            self.clear_fetch_rooms()  # a block may take more now
+        for part in changed:
+            self._undispatch(part)
 
     def set_plan(self, plan: Plan) -> None:
         """Follow a new plan from the next activation on."""
@@ -136,7 +147,7 @@ class LoadedModel:
             # What GPUs fetch waits in one piece, page-locked; where system memory is short, in its mapped file.
             fetched = placement.homes[name] == HOST and on_gpus and name.startswith("blocks.")
             packed = True if fetched and (expert.packed(name) or self._host_has_room(expert.part_bytes(name))) else None
-            if expert.location(name) != home or (packed and expert.packed(name) is None):
+            if expert.location(name) != home or (packed and expert.packed(name) is None) or not expert.is_current(name):
                 on_load(done, len(parts), expert.name)
                 self._make_room_for_part(placement, part, name)
                 expert.bring(name, home, plan.main_device, packed=packed)
@@ -144,6 +155,7 @@ class LoadedModel:
                     probe.trim(str(device), ceiling)
         on_load(len(parts), len(parts), expert.name)
         self._synchronize()
+        expert.close_files()
         # Leftovers of conversions would stand in the way of activations.
         probe.release_cached([b.device.torch_device for b in plan.budgets])
 
@@ -165,6 +177,7 @@ class LoadedModel:
             ]
             main = next(share.worker for share in shares if share.worker.index == placement.main_device)
             self._crew, self._crew_key = Crew(shares, main, ceilings=self.ceilings), key
+        self._crew.slot_bytes = max(expert.largest_block_bytes for expert in self.experts.values())
         for share in self._crew.shares:
             index = share.worker.index
             share.most = plan.most_share(index)
@@ -263,7 +276,7 @@ class LoadedModel:
         if expert.is_cheap_to_read(name) or not self._host_has_room(expert.part_bytes(name)):
             expert.drop(name)
         else:
-            expert.bring(name, CPU, CPU)
+            expert.park(name)
 
     def failed_device(self, message: str) -> DeviceInfo:
         """The device that an out-of-memory message names, or else the one with the least room left."""

@@ -52,6 +52,7 @@ class ModelOwner:
         if loaded is not self._loaded:
             self.release()
             self._loaded, self._key = loaded, key
+        loaded.use_loras(handle.loras)
         if loaded.plan is not None and self._handle == handle and still_holds(loaded.plan, plan):
             kept = {part: replace(plan.placements[part], homes=loaded.plan.placements[part].homes) for part in plan.placements}
             plan = replace(plan, placements=kept)

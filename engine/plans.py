@@ -138,16 +138,18 @@ class _Planner:
             PlacementError: they don't fit.
         """
         check_host_memory(size, self.machine.host_available_bytes, vae_on_host=not way.budgets[0].device.is_gpu)
+        sizes = {part: expert.sizes(self.handle.loras.get(part, ())) for part, expert in self.loaded.experts.items()}
+        # Both experts' blocks pass through the same buffers.
+        largest = max(size for parts in sizes.values() for part, size in parts.items() if part.startswith("blocks."))
         return {
             part: place_expert(
-                expert.model,
+                sizes[part],
                 way.budgets,
                 device_map=self.handle.device_map,
                 offload=self.handle.offload,
                 activation_bytes=self._activation_bytes(expert, way, size),
                 host_bytes=self.host_bytes,
-                dtype=self.loaded.precision.dtype,
-                special_dtypes=expert.dtypes,
+                largest_block_bytes=largest,
                 parallel=way.parallel,
                 remedies=remedies,
             )

@@ -1,6 +1,6 @@
 /**
  * The browser side of ComfyUI-Wan-Sharded: GPU sliders named after the GPUs of this server, and a read-only text on the
- * loader (where the model was placed) and on the sampler (notes on the run).
+ * loader (where the model was placed), on the sampler (notes on the run) and on the LoRA node (what it changes).
  *
  * ComfyUI loads every .js file below this folder as an extension; only this one registers something.
  */
@@ -13,10 +13,12 @@ import { addTextArea, restoreText, showText } from "./wan_sharded/text_area.js";
 const LOADER = "WanShardedLoader";
 const SAMPLER = "WanShardedI2VSampler";
 const EXPORT = "WanShardedVideoExport";
+const LORA = "WanShardedLora";
 // Nodes with a text area.
 const TEXTS = {
   [LOADER]: { placeholder: "Placement: which GPU holds what. Seen here when the workflow runs.", heightPx: 160 },
   [SAMPLER]: { placeholder: "Notes on the run: settings, time, memory. Seen here when the workflow runs.", heightPx: 100 },
+  [LORA]: { placeholder: "What each LoRA changes. Seen here when the workflow runs.", heightPx: 60 },
 };
 const MIN_WIDTH_PX = 400;
 
@@ -31,7 +33,7 @@ app.registerExtension({
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (![LOADER, SAMPLER, EXPORT].includes(nodeData.name)) return;
+    if (![LOADER, SAMPLER, EXPORT, LORA].includes(nodeData.name)) return;
     nodeData.fallbackWidgetsValuesNames = widgetNames(nodeData);
     if (!(nodeData.name in TEXTS)) return;
 

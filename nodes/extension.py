@@ -4,11 +4,12 @@ from comfy_api.latest import ComfyExtension, io
 
 from .export import WanShardedVideoExport
 from .loader import WanShardedLoader
+from .lora import WanShardedLora
 from .sampler import WanShardedI2VSampler
 
 
 class WanShardedExtension(ComfyExtension):
-    """Registers the three nodes; older servers do not call ``on_load``, so set-up happens on import of the bridge."""
+    """Registers the nodes; older servers do not call ``on_load``, so set-up happens on import of the bridge."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [WanShardedLoader, WanShardedI2VSampler, WanShardedVideoExport]
+        return [WanShardedLoader, WanShardedLora, WanShardedI2VSampler, WanShardedVideoExport]

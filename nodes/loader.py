@@ -25,31 +25,31 @@ class WanShardedLoader(io.ComfyNode):
                     "model",
                     options=model_files.model_choices(),
                     default=model_files.default_model_choice(),
-                    tooltip="The Wan 2.2 I2V model: the Hugging Face Hub id (downloaded on first use, 126 GB), or a folder in diffusers format inside ComfyUI's diffusers or diffusion_models folder. 'single files' is not in this version yet and stops with an error.",
+                    tooltip="The Wan 2.2 I2V model: the Hugging Face Hub id (downloaded on first use, 126 GB), a folder in diffusers format inside ComfyUI's diffusers or diffusion_models folder, or 'single files' for ComfyUI's files chosen below.",
                 ),
                 io.Combo.Input(
                     "high_noise_model",
-                    options=model_files.single_file_choices("diffusion_models", "none"),
-                    default="none",
-                    tooltip="The high noise expert's file, for 'single files'. Not in this version yet: leave it at 'none'.",
+                    options=model_files.expert_choices(),
+                    default=model_files.NONE,
+                    tooltip="A file (safetensors or GGUF) in diffusion_models with the high noise expert. Needed for 'single files'; otherwise it takes the place of the model's own. Chosen alone for 'single files', the low noise expert's file is found by its name.",
                 ),
                 io.Combo.Input(
                     "low_noise_model",
-                    options=model_files.single_file_choices("diffusion_models", "none"),
-                    default="none",
-                    tooltip="The low noise expert's file, for 'single files'. Not in this version yet: leave it at 'none'.",
+                    options=model_files.expert_choices(),
+                    default=model_files.NONE,
+                    tooltip="The same for the low noise expert.",
                 ),
                 io.Combo.Input(
                     "text_encoder",
-                    options=model_files.single_file_choices("text_encoders", "from model"),
-                    default="from model",
-                    tooltip="Where the UMT5 text encoder comes from. A file of its own is not in this version yet: leave it at 'from model'.",
+                    options=model_files.part_choices("text_encoders"),
+                    default=model_files.FROM_MODEL,
+                    tooltip="A UMT5 file in text_encoders, such as umt5_xxl_fp8_e4m3fn_scaled.safetensors. 'from model': the model folder's own; with 'single files', the one that is found in text_encoders.",
                 ),
                 io.Combo.Input(
                     "vae",
-                    options=model_files.single_file_choices("vae", "from model"),
-                    default="from model",
-                    tooltip="Where the video VAE comes from. A file is not in this version yet: leave it at 'from model'. Wan I2V Sampler takes a VAE from Load VAE.",
+                    options=model_files.part_choices("vae"),
+                    default=model_files.FROM_MODEL,
+                    tooltip="A Wan 2.1 VAE file, such as wan_2.1_vae.safetensors. 'from model': the model folder's own; with 'single files', the one that is found in vae. Wan I2V Sampler also takes a VAE from Load VAE.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -102,17 +102,25 @@ class WanShardedLoader(io.ComfyNode):
         return slider if gpus.is_present(index) else hidden(slider)
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, **_: object) -> str:
-        return loading.fingerprint(model)
+    def fingerprint_inputs(
+        cls,
+        model: str,
+        high_noise_model: str = model_files.NONE,
+        low_noise_model: str = model_files.NONE,
+        text_encoder: str = model_files.FROM_MODEL,
+        vae: str = model_files.FROM_MODEL,
+        **_: object,
+    ) -> str:
+        return loading.fingerprint(model, high_noise_model, low_noise_model, text_encoder, vae)
 
     @classmethod
     def execute(
         cls,
         model: str,
-        high_noise_model: str = "none",
-        low_noise_model: str = "none",
-        text_encoder: str = "from model",
-        vae: str = "from model",
+        high_noise_model: str = model_files.NONE,
+        low_noise_model: str = model_files.NONE,
+        text_encoder: str = model_files.FROM_MODEL,
+        vae: str = model_files.FROM_MODEL,
         weight_dtype: str = "default",
         device_map: str = "balanced",
         execution: str = "auto",

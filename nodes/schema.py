@@ -1,4 +1,4 @@
-"""What the three schemas share: the socket type, the category, and arguments older servers do not know."""
+"""What the schemas share: the socket type, the category, and arguments older servers do not know."""
 
 import dataclasses
 from typing import Any

@@ -112,17 +112,19 @@ def randomize(module: torch.nn.Module, generator: torch.Generator, gain: float =
         parameter.data.copy_(value)
 
 
-def make_expert(num_blocks: int, num_heads: int, dtype: torch.dtype, generator: torch.Generator) -> WanTransformer3DModel:
+def make_expert(
+    num_blocks: int, num_heads: int, dtype: torch.dtype, generator: torch.Generator, head_dim: int = HEAD_DIM
+) -> WanTransformer3DModel:
     """One expert: the configuration of Wan 2.2 I2V 14B with smaller numbers."""
     expert = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=num_heads,
-        attention_head_dim=HEAD_DIM,
+        attention_head_dim=head_dim,
         in_channels=36,
         out_channels=16,
         text_dim=TEXT_DIM,
         freq_dim=256,
-        ffn_dim=2 * num_heads * HEAD_DIM,
+        ffn_dim=2 * num_heads * head_dim,
         num_layers=num_blocks,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
@@ -132,9 +134,14 @@ def make_expert(num_blocks: int, num_heads: int, dtype: torch.dtype, generator: 
     return expert if dtype == torch.float32 else expert.to(dtype)
 
 
-def make_vae(generator: torch.Generator) -> AutoencoderKLWan:
-    """The Wan 2.1 VAE with 8 instead of 96 channels: the same compression (8 x 8 x 4), latent channels, means and deviations."""
-    vae = AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1)
+def make_vae(generator: torch.Generator, *, num_res_blocks: int = 1) -> AutoencoderKLWan:
+    """The Wan 2.1 VAE with 8 instead of 96 channels: the same compression (8 x 8 x 4), latent channels, means and deviations.
+
+    Args:
+        generator: Of its weights.
+        num_res_blocks: The published one has 2, which single files and ComfyUI take for granted.
+    """
+    vae = AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=num_res_blocks)
     randomize(vae, generator)
     # Latents and pixels of a usual size: the real ones deviate by about 2 and by about 0.5.
     vae.encoder.conv_out.weight.data.mul_(3.0)
@@ -142,22 +149,22 @@ def make_vae(generator: torch.Generator) -> AutoencoderKLWan:
     return vae
 
 
-def make_text_encoder(vocab_size: int, generator: torch.Generator) -> UMT5EncoderModel:
-    """UMT5's encoder with two narrow layers."""
-    config = UMT5Config(
-        vocab_size=vocab_size,
-        d_model=TEXT_DIM,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-    )
-    encoder = UMT5EncoderModel(config)
+def make_text_encoder(vocab_size: int, generator: torch.Generator, **sizes: int) -> UMT5EncoderModel:
+    """UMT5's encoder with two narrow layers, or with other ``sizes``, by UMT5Config's names."""
+    config = {
+        "vocab_size": vocab_size,
+        "d_model": TEXT_DIM,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+    encoder = UMT5EncoderModel(UMT5Config(**{**config, **sizes}))
     randomize(encoder, generator)
     # Rows of an embedding are looked up, not summed over: they need the size of a hidden state.
     encoder.shared.weight.data.normal_(generator=generator)
@@ -171,6 +178,7 @@ def make_tiny_checkpoint(
     dtype: torch.dtype = torch.float32,
     num_blocks: int = 5,
     num_heads: int = 3,
+    head_dim: int = HEAD_DIM,
     sharded: bool = False,
 ) -> Path:
     """Write the checkpoint and return its folder. The same arguments give the same weights.
@@ -180,7 +188,8 @@ def make_tiny_checkpoint(
         seed: Of all weights.
         dtype: Of the experts and the text encoder. The VAE is float32, as published.
         num_blocks: Transformer blocks per expert.
-        num_heads: Attention heads of 16 channels each.
+        num_heads: Attention heads.
+        head_dim: Channels of a head; Wan's have 128.
         sharded: Write each expert as several safetensors files with an index, as large models are.
     """
     folder = Path(folder)
@@ -196,8 +205,8 @@ def make_tiny_checkpoint(
             scheduler=UniPCMultistepScheduler(
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
             ),
-            transformer=make_expert(num_blocks, num_heads, dtype, generator),
-            transformer_2=make_expert(num_blocks, num_heads, dtype, generator),
+            transformer=make_expert(num_blocks, num_heads, dtype, generator, head_dim),
+            transformer_2=make_expert(num_blocks, num_heads, dtype, generator, head_dim),
             boundary_ratio=0.9,
         )
         shutil.rmtree(folder, ignore_errors=True)

@@ -26,6 +26,24 @@ if "wan_sharded" not in sys.modules:
     sys.modules["wan_sharded"] = pack
 
 
+def _kept(scripts: tuple[str, ...], key: object, write: Callable[[Path], object]) -> Path:
+    """A folder of checkpoints that ``write`` makes, unless an earlier run of the same scripts and libraries made it."""
+    import diffusers
+    import torch
+
+    sources = [(ROOT / "scripts" / f"{name}.py").read_bytes() for name in scripts]
+    digest = hashlib.sha256(repr((sources, key, torch.__version__, diffusers.__version__)).encode()).hexdigest()[:16]
+    folder = WORK / "test-checkpoints" / digest
+    if not folder.is_dir():
+        unfinished = folder.with_name(f"{digest}.{os.getpid()}")
+        write(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another test process was faster
+            shutil.rmtree(unfinished)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint() -> Callable[..., Path]:
     """``make_tiny_checkpoint`` without its folder: ``make_checkpoint(num_blocks=3, sharded=True)`` gives a path.
@@ -34,23 +52,13 @@ def make_checkpoint() -> Callable[..., Path]:
     """
 
     def make(**options: object) -> Path:
-        import diffusers
         import tiny_checkpoint
-        import torch
 
-        source = Path(tiny_checkpoint.__file__).read_bytes()
-        key = hashlib.sha256(
-            repr((source, sorted(options.items(), key=str), torch.__version__, diffusers.__version__)).encode()
-        ).hexdigest()[:16]
-        folder = WORK / "test-checkpoints" / key
-        if not folder.is_dir():
-            unfinished = folder.with_name(f"{key}.{os.getpid()}")
-            tiny_checkpoint.make_tiny_checkpoint(unfinished, **options)  # type: ignore[arg-type]
-            try:
-                unfinished.rename(folder)
-            except OSError:  # another test process was faster
-                shutil.rmtree(unfinished)
-        return folder
+        return _kept(
+            ("tiny_checkpoint",),
+            sorted(options.items(), key=str),
+            lambda folder: tiny_checkpoint.make_tiny_checkpoint(folder, **options),  # type: ignore[arg-type]
+        )
 
     return make
 
@@ -67,3 +75,13 @@ def tiny_checkpoint_bf16(make_checkpoint: Callable[..., Path]) -> Path:
     import torch
 
     return make_checkpoint(dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def tiny_single_files() -> Path:
+    """A folder with both experts in every form of single file, named by ``tiny_single_files.file_names``, and with ``diffusers``, the
+    model they are of: 3 blocks, 2 heads of 128. Read-only.
+    """
+    import tiny_single_files
+
+    return _kept(("tiny_checkpoint", "tiny_single_files"), "single files", tiny_single_files.make_tiny_single_files)

@@ -9,7 +9,17 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .safetensors_header import read_header
-from .stored import EXPERT_WORDS, HIGH_NOISE, INPUT_CHANNELS, LATENT_CHANNELS, LOW_NOISE, ComponentFiles, ModelFiles, StoredTensor, fingerprint_of
+from .stored import (
+    EXPERT_WORDS,
+    HIGH_NOISE,
+    INPUT_CHANNELS,
+    LATENT_CHANNELS,
+    LOW_NOISE,
+    ComponentFiles,
+    ModelFiles,
+    StoredTensor,
+    fingerprint_of,
+)
 
 SUPPORTED_PIPELINES = ("WanImageToVideoPipeline",)
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")

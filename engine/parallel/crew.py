@@ -59,12 +59,14 @@ class Crew:
         main: the worker that holds what comes before and after the blocks.
         staged: whether copies between GPUs go through system memory; ``None`` = where they must.
         ceilings: torch device -> the most the allocator should hold there.
+        slot_bytes: the least that buffers for fetched blocks have room for: several experts share them.
     """
 
     shares: list[Share]
     main: Worker
     staged: bool | None = None
     ceilings: Mapping[torch.device, int] = field(default_factory=dict)
+    slot_bytes: int = 0
 
     def __post_init__(self) -> None:
         self._links: dict[tuple[object, ...], Link] = {}
@@ -107,7 +109,8 @@ class Crew:
         return [self._exchanges[number] for number in range(len(self.workers))]
 
     def slots(self, worker: Worker, size_bytes: int) -> list[Slot]:
-        """A worker's buffers for fetched blocks."""
+        """A worker's buffers for fetched blocks, of ``size_bytes`` or :attr:`slot_bytes`, whichever is more."""
+        size_bytes = max(size_bytes, self.slot_bytes)
         number = self.workers.index(worker)
         slots = self._slots.get(number, [])
         if any(slot.flat.numel() < size_bytes for slot in slots) or not slots:

@@ -43,9 +43,10 @@ class Fetcher:
         worker: who computes.
         local: block number -> weights that live on the worker's device.
         remote: block number -> where the others live.
-        layout: of a block in a buffer.
+        layouts: of every remote block in a buffer.
         slots: the buffers; shared with the other expert's fetcher, never at the same time.
         link_from: the link from a device to this worker.
+        multiply_few_bits: whether the worker multiplies int8 or float8 weights as they are (wan_block.py).
     """
 
     def __init__(
@@ -53,13 +54,18 @@ class Fetcher:
         worker: Worker,
         local: Mapping[int, Mapping[str, torch.Tensor]],
         remote: Mapping[int, Source],
-        layout: Layout,
+        layouts: Mapping[int, Layout],
         slots: list[Slot],
         link_from: Callable[[torch.device], Link],
+        *,
+        multiply_few_bits: bool = False,
     ):
-        self._worker, self._local, self._remote, self._layout, self._slots = worker, local, remote, layout, slots
+        flags = {"multiply_few_bits": True} if multiply_few_bits else {}
+        self._worker, self._remote, self._layouts, self._slots = worker, remote, layouts, slots
+        self._local = {number: {**weights, **flags} for number, weights in local.items()}
         self._links = {source.device: link_from(source.device) for source in remote.values()}
-        self._bound = [layout.bind(slot.flat[: layout.total_bytes]) for slot in slots]
+        # Blocks that lie alike share the views.
+        self._bound = [{layout: {**layout.bind(slot.flat[: layout.total_bytes]), **flags} for layout in set(layouts.values())} for slot in slots]
         self._order = sorted(remote)
         self._started = 0
         self._arriving: dict[int, tuple[int, Mark]] = {}
@@ -78,15 +84,15 @@ class Fetcher:
             return
         block = self._order[self._started]
         self._started += 1
-        slot, source = self._slots[slot_number], self._remote[block]
+        slot, source, layout = self._slots[slot_number], self._remote[block], self._layouts[block]
         link = self._links[source.device]
         if source.flat is not None:
-            arrived = link.copy(slot.flat[: self._layout.total_bytes], source.flat, [slot.free])
+            arrived = link.copy(slot.flat[: layout.total_bytes], source.flat, [slot.free])
         else:
             # Not page-locked, so each copy waits for itself; the weights of a block that system memory had no room for.
             self._worker.wait(slot.free)
             with self._worker.computing():
-                self._layout.fill(slot.flat[: self._layout.total_bytes], source.tensors)
+                layout.fill(slot.flat[: layout.total_bytes], source.tensors)
             arrived = self._worker.mark()
         self._arriving[block] = (slot_number, arrived)
 
@@ -97,7 +103,7 @@ class Fetcher:
         slot_number, arrived = self._arriving.pop(block)
         self._worker.wait(arrived)
         self._in_use[block] = slot_number
-        return self._bound[slot_number]
+        return self._bound[slot_number][self._layouts[block]]
 
     def done(self, block: int) -> None:
         """All work with a block's weights is queued: its buffer may be filled with the next block after that."""

@@ -60,7 +60,7 @@ class ParallelForward:
 
     def _fetcher(self, worker: Worker) -> Fetcher:
         expert, crew = self._expert, self._crew
-        local, remote = {}, {}
+        local, remote, layouts = {}, {}, {}
         for number in range(self._block_count):
             part = f"blocks.{number}"
             if expert.location(part) == worker.device:
@@ -68,9 +68,19 @@ class ParallelForward:
             else:
                 packed = expert.packed(part)
                 remote[number] = Source(packed.flat, {}) if packed else Source(None, expert.block_weights(part))
-        layout = expert.block_layout("blocks.0")
-        slots = crew.slots(worker, layout.total_bytes) if remote else []
-        return Fetcher(worker, local, remote, layout, slots, lambda source: crew.link("weights", source, worker))
+                layouts[number] = expert.layout(part)
+        largest = max((layout.total_bytes for layout in layouts.values()), default=0)
+        slots = crew.slots(worker, largest) if remote else []
+        share = next(share for share in crew.shares if share.worker is worker)
+        return Fetcher(
+            worker,
+            local,
+            remote,
+            layouts,
+            slots,
+            lambda source: crew.link("weights", source, worker),
+            multiply_few_bits=share.multiply_few_bits,
+        )
 
     def latest_timings(self) -> dict[int, Timing]:
         """Device index -> what was timed of it in the latest forward."""

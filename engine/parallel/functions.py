@@ -1,8 +1,7 @@
 """A block's halves as the workers call them: plain, or compiled where that pays.
 
 Compiling fuses what stands between the matrix products, a seventh of a forward's time on an H200. It costs some seconds per device
-once, and needs Triton (and a C compiler); where it fails, the plain functions go on and a note says why. Quantized weights are torchao's
-tensors, which take far longer to compile and have not been measured: they are computed plainly.
+once, and needs Triton (and a C compiler); where it fails, the plain functions go on and a note says why.
 """
 
 import logging

@@ -141,10 +141,9 @@ class _Run:
     def make(self, vae: VideoVae | None) -> VideoResult:
         for budget in self.plan.budgets:
             probe.reset_peak(budget.device.torch_device)
+        # First, because what is wrong with it should not wait for the text encoder.
+        vae = vae or ModelVae(self.handle.model, self.loaded, self.request.shape, self.callbacks.check_cancelled, self.notes.append)
         prompt, negative = self._prompt_embeds()
-        vae = vae or ModelVae(
-            self.handle.model, self.loaded, self.request.shape, self.callbacks.check_cancelled, self.notes.append
-        )
         latents = self._denoise(vae, prompt, negative)
         timings = self.loaded.timings()
         latents = latents_for_decoding(latents, vae.config).cpu()

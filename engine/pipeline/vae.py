@@ -10,10 +10,15 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import probe
+from ..checkpoints.diffusers_folder import component_config
+from ..checkpoints.stored import ModelFiles
+from ..checkpoints.wan_vae_file import CHOOSE_VAE, open_wan_vae_file
 from ..errors import CheckpointError
 from ..loaded import LoadedModel
 from ..planning.footprint import VideoShape
@@ -37,40 +42,31 @@ class VideoVae(Protocol):
 
 
 class ModelVae:
-    """The VAE of the model's own folder. Its weights (0.5 GB) wait in host memory between stages.
+    """The VAE of the model's own files. Its weights (0.5 GB) wait in host memory between stages.
 
     Args:
-        folder: the "vae" folder.
+        model: whose.
         loaded: whose weights make room.
         shape: the run's size.
         check_cancelled: asked before every chunk of frames.
         note: told what was given up for memory.
 
     Raises:
-        CheckpointError: it can't be loaded.
+        CheckpointError: the model has none, or it can't be loaded.
     """
 
-    def __init__(self, folder: Path, loaded: LoadedModel, shape: VideoShape, check_cancelled: CheckCancelled, note: Callable[[str], None]):
+    def __init__(
+        self, model: ModelFiles, loaded: LoadedModel, shape: VideoShape, check_cancelled: CheckCancelled, note: Callable[[str], None]
+    ):
         self._loaded, self._shape, self._check_cancelled, self._note = loaded, shape, check_cancelled, note
-        self._folder = folder
+        if model.vae is None:
+            raise CheckpointError(f"{model.name} has no VAE. {CHOOSE_VAE} Or connect a VAE.")
+        self._path = model.vae
         self._vae: Any = self._read()
         self.config = self._vae.config
 
     def _read(self) -> Any:
-        folder = self._folder
-        try:
-            found: Any = AutoencoderKLWan.from_pretrained(
-                folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-            vae, loading = found
-        except Exception as error:  # diffusers raises many kinds; the cause is kept
-            raise CheckpointError(f"The VAE in {folder.parent.name} could not be loaded: {error}. Download it again.") from error
-        if loading["missing_keys"]:
-            raise CheckpointError(
-                f"The VAE in {folder.parent.name} lacks {len(loading['missing_keys'])} tensors, such as {min(loading['missing_keys'])}. "
-                "Download it again."
-            )
-        return vae.eval()
+        return _vae_from_folder(self._path) if self._path.is_dir() else _vae_from_file(self._path)
 
     def _in(self, dtype: torch.dtype) -> Any:
         """The VAE in a precision, on the host; read again where its weights have been rounded to less."""
@@ -145,6 +141,50 @@ class PipelineVae(nn.Module):
 
     def encode(self, video: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(latents=self._encode(video))
+
+
+def vae_config(vae: Path | None) -> dict[str, Any]:
+    """The configuration of a model's VAE without the VAE: how latents are normalised and by how much it shrinks. For another VAE in its place.
+
+    Args:
+        vae: a folder in diffusers format. A single file has no configuration inside; for one, or ``None``, it is that of Wan 2.1's VAE.
+
+    Raises:
+        CheckpointError: the folder's can't be read.
+    """
+    with init_empty_weights():
+        model: Any = AutoencoderKLWan()
+    return {**model.config, **(component_config(vae) if vae is not None and vae.is_dir() else {})}
+
+
+def _vae_from_folder(folder: Path) -> Any:
+    """Float32 on the host."""
+    try:
+        found: Any = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True)
+        vae, loading = found
+    except Exception as error:  # diffusers raises many kinds; the cause is kept
+        raise CheckpointError(f"The VAE in {folder.parent.name} could not be loaded: {error}. Download it again.") from error
+    if loading["missing_keys"]:
+        raise CheckpointError(
+            f"The VAE in {folder.parent.name} lacks {len(loading['missing_keys'])} tensors, such as {min(loading['missing_keys'])}. "
+            "Download it again."
+        )
+    return vae.eval()
+
+
+def _vae_from_file(path: Path) -> Any:
+    """The same of a single file."""
+    file = open_wan_vae_file(path)
+    with init_empty_weights():
+        vae: Any = AutoencoderKLWan(**file.config)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            # Copies, because the VAE outlives this stage, and the mapped file may be replaced meanwhile.
+            weights = {name: opened.get_tensor(stored.key).to(torch.float32, copy=True) for name, stored in file.tensors.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"The VAE {path.name} could not be read ({error}). Was it moved or is it damaged? Download it again.") from error
+    vae.load_state_dict(weights, assign=True)
+    return vae.eval()
 
 
 def latents_for_decoding(latents: torch.Tensor, config: Any) -> torch.Tensor:

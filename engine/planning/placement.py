@@ -1,6 +1,6 @@
 """Which part of an expert lives on which device. Pure; balanced and auto are accelerate's own.
 
-The model is looked at on the meta device: only names, sizes and dtypes count.
+Only the names and sizes of parts count.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import infer_auto_device_map
-from accelerate.utils import compute_module_sizes, get_balanced_memory
+from accelerate.utils import get_balanced_memory
 
 from ..errors import InvalidRequestError, PlacementError
 from .budgets import CONTEXT_BYTES, Budget
@@ -62,28 +62,27 @@ class Placement:
 
 
 def place_expert(
-    model: torch.nn.Module,
+    sizes: Mapping[str, int],
     budgets: tuple[Budget, ...],
     *,
     device_map: str,
     offload: str,
     activation_bytes: int | Mapping[int, int],
     host_bytes: int,
-    dtype: torch.dtype,
-    special_dtypes: Mapping[str, torch.dtype],
+    largest_block_bytes: int = 0,
     parallel: bool = False,
     remedies: bool = True,
 ) -> Placement:
     """Share an expert's modules out over the budgets.
 
     Args:
-        model: a ``WanTransformer3DModel`` on the meta device.
+        sizes: bytes of every part in memory, in the order they compute (see :func:`parts_of`); 0 for those without weights.
         budgets: one per device that takes part.
         device_map: "auto" (fill device after device) or "balanced" (evenly), as in accelerate.
         offload: "auto" (what does not fit waits in host memory), "cpu" (everything waits there), "none".
         activation_bytes: what a run needs on each computing device besides weights; one number for all, or by device index.
         host_bytes: host memory that offloaded weights may take.
-        dtype: of the weights in memory; ``special_dtypes`` overrides it by parameter name.
+        largest_block_bytes: of both experts, whose blocks share the buffers for what is fetched; at least this expert's counts.
         parallel: all devices compute every block; each needs room for fetched blocks then.
         remedies: look for the slider that would do, should it not fit.
 
@@ -95,11 +94,8 @@ def place_expert(
         raise InvalidRequestError(f"device_map is {device_map!r}; choose one of {', '.join(DEVICE_MAPS)}.")
     if offload not in OFFLOADS:
         raise InvalidRequestError(f"offload is {offload!r}; choose one of {', '.join(OFFLOADS)}.")
-    sizing: Any = {"dtype": dtype, "special_dtypes": dict(special_dtypes)}
-    all_sizes = compute_module_sizes(model, **sizing)
-    sizes = {part: int(all_sizes[part]) if _has_weights(model, part) else 0 for part in parts_of(model)}
     needs = activation_bytes if isinstance(activation_bytes, Mapping) else {b.device.index: activation_bytes for b in budgets}
-    wish = _Wish(sizes, device_map, offload, needs, host_bytes, parallel)
+    wish = _Wish(sizes, device_map, offload, needs, host_bytes, largest_block_bytes, parallel)
     if not budgets[0].device.is_gpu:
         return _all_on_cpu(wish, budgets)
     try:
@@ -119,6 +115,7 @@ class _Wish:
     offload: str
     activation_bytes: Mapping[int, int]
     host_bytes: int
+    largest_block_bytes: int
     parallel: bool
 
     @property
@@ -159,7 +156,7 @@ def _place_parallel(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
     room = {b.device.index: b.usable_bytes - wish.activation_bytes[b.device.index] for b in budgets}
     others = wish.total_bytes - sum(wish.block_sizes.values())
     # One buffer is computed from while the other is filled. Several devices need them always, since each block lives on one of them.
-    fetched = 2 * max(wish.block_sizes.values())
+    fetched = 2 * max(wish.largest_block_bytes, *wish.block_sizes.values())
     # The first, not the roomiest: what is free changes a little from run to run, and weights must not wander for that.
     main = next((i for i, size in room.items() if size >= others + fetched), max(room, key=lambda index: room[index]))
     blocks = replace(wish, sizes=wish.block_sizes)
@@ -283,10 +280,6 @@ def parts_of(model: torch.nn.Module) -> list[str]:
     for child, module in children:
         names += [f"blocks.{i}" for i in range(len(module))] if child == "blocks" else [child]
     return names
-
-
-def _has_weights(model: torch.nn.Module, part: str) -> bool:
-    return part in model._parameters or any(True for _ in model.get_submodule(part).parameters())
 
 
 def _all_on_cpu(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:

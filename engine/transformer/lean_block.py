@@ -49,7 +49,8 @@ def lean_forward(
 
     Args:
         math: the model's.
-        block: a ``WanTransformerBlock``, whose weights are used.
+        block: a ``WanTransformerBlock``, whose parameters are used; more than its own ones where they are kept in few bits or LoRAs
+            are in use, and ``weight_kinds`` for what is no tensor (see wan_block.py).
         hidden_states: [B, L, D]; not changed.
         encoder_hidden_states: [B, text tokens, D], after image tokens where the model has them.
         temb: [B, 6, D], or [B, L, 6, D] with a timestep per token.
@@ -58,7 +59,7 @@ def lean_forward(
     Returns:
         [B, L, D].
     """
-    weights = dict(block.named_parameters())
+    weights = {**dict(block.named_parameters()), **getattr(block, "weight_kinds", {})}
     batch, length, _ = hidden_states.shape
     cos, sin = rotary_tables(*rotary_emb)
     shape = (batch, length, math.heads, cos.shape[-1])

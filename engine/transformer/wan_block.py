@@ -5,7 +5,12 @@ between them: :meth:`BlockMath.project` for any of the tokens, attention of thos
 and :meth:`BlockMath.finish` for the same tokens. Which tokens, on which device, compiled or not, is the caller's business.
 
 Weights come as a mapping of names inside the block ("attn1.to_q.weight") to tensors, so that they may live in a buffer that
-holds another block a moment later, and so that one compiled function serves all blocks.
+holds another block a moment later, and so that one compiled function serves all blocks. Beside a layer's "weight" and "bias" there may be
+
+- "weight_scale": the weight is int8 or float8, and each row is to be multiplied by its scale (low_precision.py);
+- "weight.gguf": the weight is GGUF's bytes, of this type, a string;
+- "multiply_few_bits", for the whole block: the device multiplies int8 or float8 as they are;
+- "lora_A" [rank, in] and "lora_B" [out, rank]: what LoRAs add to the layer, strengths included.
 
 Shapes: B batch, L tokens, D width, N heads. Source: WanTransformerBlock and WanAttnProcessor in diffusers 0.42.
 """
@@ -17,7 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-Weights = Mapping[str, torch.Tensor]
+from .low_precision import MULTIPLIED, multiplied_rows, widened_gguf, widened_rows
+
+Weights = Mapping[str, Any]
 Modulation = tuple[torch.Tensor, ...]
 TextKeys = tuple[torch.Tensor, ...]
 # (query [B, l, N, head], key [B, L, N, head], value likewise) -> [B, l, N, head]
@@ -211,12 +218,41 @@ def fused_name(names: tuple[str, ...]) -> str:
 
 
 def _linear(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    return _with_low_rank(weights, name, x, _product(weights, name, x))
+
+
+def _product(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    scale = weights.get(f"{name}.weight_scale")
+    if scale is not None and "multiply_few_bits" in weights and weights[f"{name}.weight"].dtype in MULTIPLIED:
+        return multiplied_rows(x, weights[f"{name}.weight"], scale, weights.get(f"{name}.bias"))
+    return F.linear(x, widened(weights, name, x.dtype), weights.get(f"{name}.bias"))
+
+
+def widened(weights: Weights, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A layer's matrix [out, in], made wide if it is kept in few bits."""
+    weight = weights[f"{name}.weight"]
+    gguf_type = weights.get(f"{name}.weight.gguf")
+    if gguf_type is not None:
+        return widened_gguf(weight, gguf_type, dtype)
+    scale = weights.get(f"{name}.weight_scale")
+    return weight if scale is None else widened_rows(weight, scale, dtype)
+
+
+def _with_low_rank(weights: Weights, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """A layer's result with what LoRAs add to it, in place."""
+    down = weights.get(f"{name}.lora_A")
+    if down is None:
+        return result
+    up = weights[f"{name}.lora_B"]
+    result.flatten(0, -2).addmm_(F.linear(x, down).flatten(0, -2), up.t())
+    return result
 
 
 def _fused(weights: Weights, names: tuple[str, ...], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Several layers of one input: as one matrix product where their weights lie one behind the other."""
     together = fused_name(names)
     if f"{together}.weight" in weights:
-        return _linear(weights, together, x).chunk(len(names), dim=-1)
-    return tuple(_linear(weights, name, x) for name in names)
+        results = _product(weights, together, x).chunk(len(names), dim=-1)
+    else:
+        results = tuple(_product(weights, name, x) for name in names)
+    return tuple(_with_low_rank(weights, name, x, result) for name, result in zip(names, results, strict=True))

@@ -4,37 +4,42 @@ A part is a name of the placement's map: a block, another top-level module, or a
 steps or pipelines; called by the owner of loaded models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_module
-from accelerate.utils import compute_module_sizes
 from diffusers import WanTransformer3DModel
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import probe
-from ..checkpoints.diffusers_folder import ComponentFiles, component_config
+from ..checkpoints.lora import LoraChoice
+from ..checkpoints.stored import ComponentFiles
 from ..errors import CheckpointError
 from ..planning.placement import HOST, Placement, parts_of
 from ..transformer.lean_block import use_lean_blocks
+from ..transformer.low_precision import GGUF_CHUNK_BYTES
 from ..transformer.wan_block import FUSED, BlockMath, fused_name
 from . import hooks
+from .adapters import Adapters
 from .host_memory import HostPool
-from .moving import moved
+from .keeping import Keeper, inside
 from .packing import Layout
-from .precision import Precision, parameter_dtypes, quantizable_weights, quantized_weight
+from .precision import Precision
+from .reading import TensorReader
 
 NOWHERE = torch.device("meta")
 CPU = torch.device("cpu")
 # Of a part's bytes, what may be converted each time it is read: norms and tables, never a matrix.
 CHEAP_SHARE = 0.05
 # In one block, named inside it.
-TOGETHER = [(f"{fused_name(names)}.{kind}", tuple(f"{name}.{kind}" for name in names)) for names in FUSED for kind in ("weight", "bias")]
+TOGETHER = [
+    (f"{fused_name(names)}.{kind}", tuple(f"{name}.{kind}" for name in names))
+    for names in FUSED
+    for kind in ("weight", "weight_scale", "bias")
+]
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,6 @@ class Packed:
 
     layout: Layout
     flat: torch.Tensor
-
-
-def _inside(part: str, full: str) -> str:
-    """A parameter's name inside its part."""
-    return full.removeprefix(f"{part}.")
 
 
 class Expert:
@@ -61,53 +61,63 @@ class Expert:
         files: its checked checkpoint.
         precision: how weights are kept in memory.
         host_pool: system memory for packed parts.
+        reader: of the files; may serve both experts.
 
     Raises:
         CheckpointError: tensors are missing, left over, or of the wrong shape for the configuration.
     """
 
-    def __init__(self, name: str, files: ComponentFiles, precision: Precision, host_pool: HostPool | None = None):
+    def __init__(
+        self,
+        name: str,
+        files: ComponentFiles,
+        precision: Precision,
+        host_pool: HostPool | None = None,
+        reader: TensorReader | None = None,
+    ):
         self.name = name
         self._host_pool = host_pool or HostPool()
         self.files = files
         self.precision = precision
-        config = component_config(files.folder)
         try:
             with init_empty_weights(include_buffers=False):
-                model: Any = WanTransformer3DModel.from_config(config)
+                model: Any = WanTransformer3DModel.from_config(dict(files.config))
                 self.model: WanTransformer3DModel = model.eval().requires_grad_(False)
         except Exception as error:  # whatever a wrong value makes of the arithmetic; the cause is kept
             raise CheckpointError(
-                f"{files.folder.parent.name}/{files.folder.name} has a config.json that makes no Wan transformer ({error}). Download it again."
+                f"{files.name} has a configuration (config.json) that makes no Wan transformer ({error}). Download it again."
             ) from error
         use_lean_blocks(self.model)
         self.math = BlockMath.of(self.model.config)
-        self._packed: dict[str, Packed] = {}
-        self._block_layout: Layout | None = None
-        self.dtypes = parameter_dtypes(self.model, precision)
-        self._quantized = quantizable_weights(self.model) if precision.quantized else frozenset()
-        self._locations = dict.fromkeys(parts_of(self.model), NOWHERE)
-        sizing: Any = {"dtype": precision.dtype, "special_dtypes": self.dtypes}
-        sizes = compute_module_sizes(self.model, **sizing)
-        self._sizes = {part: sizes.get(part, 0) for part in self._locations}
-        self._fetches: list[hooks.FetchHook] = []
+        self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         self._check_names()
+        self.parts = parts_of(self.model)
+        self._names = {part: [name for name in self._shapes if name == part or name.startswith(f"{part}.")] for part in self.parts}
+        self._keeper = Keeper(self.model, files, precision, reader or TensorReader())
+        self._adapters = Adapters()
+        # Part -> its tensors by their names inside it, and the LoRAs that are in them.
+        self._held: dict[str, dict[str, torch.Tensor]] = {}
+        self._adapted: dict[str, Adapters] = {}
+        self._packed: dict[str, Packed] = {}
+        self._locations = dict.fromkeys(self.parts, NOWHERE)
+        self._layouts: dict[Any, Layout] = {}
+        self._fetches: list[hooks.FetchHook] = []
 
     def _check_names(self) -> None:
-        expected = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        found = {name: entry.shape for name, (_, entry) in self.files.tensors.items()}
+        found = {name: stored.shape for name, stored in self.files.tensors.items()}
         ignored = tuple(self.model._keys_to_ignore_on_load_unexpected or ())
-        folder = f"{self.files.folder.parent.name}/{self.files.folder.name}"
-        missing = sorted(expected.keys() - found.keys())
-        extra = sorted(name for name in found.keys() - expected.keys() if not any(word in name for word in ignored))
+        missing = sorted(self._shapes.keys() - found.keys())
+        extra = sorted(name for name in found.keys() - self._shapes.keys() if not any(word in name for word in ignored))
         if missing or extra:
             words = [f"{len(missing)} missing, such as {missing[0]}"] if missing else []
             words += [f"{len(extra)} unknown, such as {extra[0]}"] if extra else []
-            raise CheckpointError(f"{folder} does not match its config.json: tensors {'; '.join(words)}. Download it again.")
-        for name, shape in expected.items():
+            raise CheckpointError(
+                f"{self.files.name} does not match its configuration (config.json): tensors {'; '.join(words)}. Download it again."
+            )
+        for name, shape in self._shapes.items():
             if shape != found[name]:
                 raise CheckpointError(
-                    f"{folder}: tensor {name} is {list(found[name])}, but config.json wants {list(shape)}. Download it again."
+                    f"{self.files.name}: tensor {name} is {list(found[name])}, but its configuration (config.json) wants {list(shape)}. Download it again."
                 )
 
     # ---- where parts are
@@ -120,26 +130,74 @@ class Expert:
 
     @property
     def widened_bytes(self) -> int:
-        """What the largest quantized matrix takes while it is multiplied: once in float32, once in the compute dtype."""
-        elements = max((self.model.get_parameter(name).numel() for name in self._quantized), default=0)
-        return elements * (4 + self.precision.dtype.itemsize)
+        """What stands beside the largest matrix in few bits while it is multiplied."""
+        elements = self._keeper.largest_elements()
+        has_gguf = any(form.gguf_type for form in self._keeper.low_precision.values())
+        return elements * self.precision.dtype.itemsize + (min(GGUF_CHUNK_BYTES, 20 * elements) if has_gguf else 0)
 
     @property
-    def parts(self) -> list[str]:
-        return list(self._locations)
+    def compilable(self) -> bool:
+        """Whether compiling the blocks has been measured to pay: all but GGUF's, each of whose blocks would be compiled anew."""
+        return not any(form.gguf_type for form in self._keeper.low_precision.values())
 
     def location(self, part: str) -> torch.device:
         return self._locations[part]
 
     def resident_bytes(self, device: torch.device) -> int:
         """Bytes of this expert's weights on a device."""
-        return sum(self._sizes[part] for part, where in self._locations.items() if where == device)
+        return sum(self.part_bytes(part) for part, where in self._locations.items() if where == device)
 
     def parts_on(self, device: torch.device) -> list[str]:
-        return [part for part, where in self._locations.items() if where == device and self._sizes[part]]
+        return [part for part, where in self._locations.items() if where == device and self._names[part]]
 
     def part_bytes(self, part: str) -> int:
-        return self._sizes[part]
+        """What a part takes in memory: as it is there, or as it will be."""
+        return self.layout(part).total_bytes
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """What the largest block takes, with the LoRAs in use."""
+        return max(size for part, size in self.sizes().items() if part.startswith("blocks."))
+
+    def sizes(self, loras: Sequence[LoraChoice] | None = None) -> dict[str, int]:
+        """Bytes of every part in the order they compute, with the LoRAs in use or with others."""
+        adapters = self._adapters if loras is None else Adapters(loras, self._keeper.matrices)
+        return {part: self._layout_with(part, adapters).total_bytes for part in self.parts}
+
+    def use_loras(self, loras: Sequence[LoraChoice]) -> bool:
+        """Have these LoRAs in what is brought home from now on; parts in memory follow at their next :meth:`bring`.
+
+        Returns:
+            Whether they differ from those before.
+        """
+        before, self._adapters = self._adapters, Adapters(loras, self._keeper.matrices)
+        return before.key != self._adapters.key
+
+    # ---- how a part lies in memory
+
+    def layout(self, part: str) -> Layout:
+        """How a part's weights lie when they are in one piece; one object for all parts that lie alike."""
+        return self._layout_with(part, self._adapted.get(part, self._adapters))
+
+    def _layout_with(self, part: str, adapters: Adapters) -> Layout:
+        if (part, adapters.key) not in self._layouts:
+            specs, kinds = self._keeper.specs(part, self._names[part], adapters)
+            alike = (tuple(specs.items()), tuple(kinds.items()))
+            if alike not in self._layouts:
+                self._layouts[alike] = Layout(specs, TOGETHER, kinds)
+            self._layouts[part, adapters.key] = self._layouts[alike]
+        return self._layouts[part, adapters.key]
+
+    def packed(self, part: str) -> Packed | None:
+        """The part's weights in one piece, where they are so."""
+        return self._packed.get(part)
+
+    def block_weights(self, part: str) -> dict[str, Any]:
+        """A block's weights by their names inside it, where they are now (see wan_block.py)."""
+        packed = self._packed.get(part)
+        if packed is not None:
+            return packed.layout.bind(packed.flat)
+        return {**self._held[part], **self.layout(part).kinds}
 
     # ---- moving parts
 
@@ -149,94 +207,113 @@ class Expert:
         Args:
             part: the part's name.
             device: its home.
-            stage: a device that converts fast, for weights that are quantized on their way to the host.
+            stage: a device that converts fast, for weights that are converted on their way to the host.
             packed: in one piece of memory, page-locked on the host; by default on GPUs only.
         """
         packed = device != CPU if packed is None else packed
-        where = self._locations[part]
-        if where == device and (part in self._packed or not packed):
-            return
+        where, convert_on = self._locations[part], stage if device == CPU else device
         if where == NOWHERE:
-            self._read(part, device, stage, packed=packed)
-        elif where != device and part not in self._packed:
-            self._move(part, device)
-        if (packed or part in self._packed) and not (part in self._packed and self._packed[part].flat.device == device):
-            self._pack(part, device)
+            self._read(part, device, convert_on, packed=packed)
+        else:
+            if not self.is_current(part):
+                self._adapt(part, stage if where == CPU else where)
+            if where != device or (packed and part not in self._packed):
+                self._move(part, device, packed=packed or part in self._packed)
+        self._move_buffers(part, device)
         self._locations[part] = device
 
-    def packed(self, part: str) -> Packed | None:
-        """The part's weights in one piece, where they are so."""
-        return self._packed.get(part)
+    def park(self, part: str) -> None:
+        """Have a part's weights wait in host memory, as they are."""
+        self._move(part, CPU, packed=part in self._packed)
+        self._move_buffers(part, CPU)
+        self._locations[part] = CPU
 
-    def block_weights(self, part: str) -> dict[str, torch.Tensor]:
-        """A block's weights by their names inside it, where they are now."""
-        packed = self._packed.get(part)
-        if packed is not None:
-            return packed.layout.bind(packed.flat)
-        return {name: parameter.data for name, parameter in self.model.get_submodule(part).named_parameters()}
-
-    def block_layout(self, part: str) -> Layout:
-        """How a block's weights lie when they are in one piece."""
-        packed = self._packed.get(part)
-        return packed.layout if packed is not None else Layout(self.block_weights(part), TOGETHER)
+    def is_current(self, part: str) -> bool:
+        """Whether what is in memory of a part has the LoRAs in use."""
+        return self._adapted.get(part, self._adapters).key == self._adapters.key
 
     def drop(self, part: str) -> None:
         """Forget a part's weights; they are read from the file again when needed."""
-        self._move(part, NOWHERE)
+        self._hold(part, {})
         self._unpack(part)
+        self._adapted.pop(part, None)
         self._locations[part] = NOWHERE
 
     def is_cheap_to_read(self, part: str) -> bool:
         """Whether the file holds nearly all of this part as it is kept, so that the mapped file serves as its host copy."""
-        converted = sum(
-            parameter.numel()
-            for full, module, name in self._parameters(part)
-            if (parameter := module._parameters[name]) is not None
-            and (full in self._quantized or self._stored_dtype(full) != self.dtypes[full])
-        )
-        return converted * 4 <= CHEAP_SHARE * self._sizes[part]
+        return self._keeper.converted_bytes(self._names[part], self._adapters) <= CHEAP_SHARE * self.part_bytes(part)
 
-    def _stored_dtype(self, name: str) -> torch.dtype | None:
-        names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        return names.get(self.files.tensors[name][1].dtype)
+    def close_files(self) -> None:
+        """Let go of what reading took, once everything is at home."""
+        self._keeper.reader.close()
 
-    def _parameters(self, part: str) -> list[tuple[str, nn.Module, str]]:
-        """(full name, owning module, name there) of every parameter of a part."""
-        if part in self.model._parameters:
-            return [(part, self.model, part)]
-        found = []
-        for prefix, module in self.model.get_submodule(part).named_modules(prefix=part):
-            found += [(f"{prefix}.{name}", module, name) for name, p in module._parameters.items() if p is not None]
-        return found
+    def _read(self, part: str, device: torch.device, convert_on: torch.device, *, packed: bool) -> None:
+        """Read a part from its files to a device."""
+        names, adapters = self._names[part], self._adapters
+        layout = self._layout_with(part, adapters)
+        if packed:
+            flat = self._flat(layout, device)
+            self._keeper.fill(part, names, adapters, layout, flat, convert_on)
+            self._keep(part, layout, flat)
+        else:
+            self._hold(part, self._keeper.loose(part, names, adapters, convert_on))
+        self._adapted[part] = adapters
 
-    def _pack(self, part: str, device: torch.device) -> None:
-        """Have the weights of a part in one piece of memory on a device, from wherever they are."""
-        before = self._packed.get(part)
+    def _adapt(self, part: str, convert_on: torch.device) -> None:
+        """Have the LoRAs in use in a part that is in memory, where it is. What they don't touch is not read again."""
+        old, new = self._adapted[part], self._adapters
+        names = self._keeper.touched(self._names[part], old, new)
+        before, layout = self._layout_with(part, old), self._layout_with(part, new)
+        self._adapted[part] = new
+        packed = self._packed.get(part)
+        try:
+            if packed is None:
+                kept = {name: tensor for name, tensor in self._held.get(part, {}).items() if name in layout.specs}
+                self._hold(part, {**kept, **self._keeper.loose(part, names, new, convert_on)})
+                return
+            flat = packed.flat if layout is before else self._copied(before, packed.flat, layout)
+            # Own values of a matrix were copied, unless a LoRA changes or changed them.
+            whole = [name for name in names if old.merged(name) or new.merged(name) or name not in self._keeper.matrices]
+            self._keeper.fill(part, whole, new, layout, flat, convert_on)
+            added = [name for name in names if name not in whole]
+            self._keeper.fill(part, added, new, layout, flat, convert_on, only_added=True)
+            probe.synchronize(str(convert_on))
+            if flat is not packed.flat:
+                self._keep(part, layout, flat)
+        except BaseException:
+            self.drop(part)  # what is half one and half the other is neither
+            raise
+
+    def _copied(self, before: Layout, flat: torch.Tensor, after: Layout) -> torch.Tensor:
+        """Another piece of memory on the same device, with what is the same in both layouts."""
+        copy = self._flat(after, flat.device)
+        for name, spec in after.specs.items():
+            if before.specs.get(name) == spec:
+                after.view(copy, name).copy_(before.view(flat, name))
+        return copy
+
+    def _move(self, part: str, device: torch.device, *, packed: bool) -> None:
+        """A part from device to device, or from loose tensors into one piece."""
+        before, layout = self._packed.get(part), self.layout(part)
+        if not packed:
+            self._hold(part, {name: tensor.to(device) for name, tensor in self._held[part].items()})
+            return
+        flat = self._flat(layout, device)
         if before is not None:
-            layout, flat = before.layout, self._flat(before.layout, device)
             flat.copy_(before.flat)
         else:
-            tensors = {_inside(part, full): module._parameters[name].data for full, module, name in self._parameters(part)}  # type: ignore[union-attr]
-            layout = Layout(tensors, TOGETHER)
-            flat = self._flat(layout, device)
-            layout.fill(flat, tensors)
-            probe.synchronize(str(device))  # what was read from is let go now
-        self._bind(part, layout, flat)
+            layout.fill(flat, self._held[part])
+            probe.synchronize(str(device))  # what was copied from is let go now
+        self._keep(part, layout, flat)
 
     def _flat(self, layout: Layout, device: torch.device) -> torch.Tensor:
         if device == CPU:
             return self._host_pool.take(layout.total_bytes)
         return torch.empty(layout.total_bytes, dtype=torch.uint8, device=device)
 
-    def _bind(self, part: str, layout: Layout, flat: torch.Tensor) -> None:
-        """Let a part's parameters stand in ``flat``, which holds their values."""
-        bound = layout.bind(flat)
-        for full, module, name in self._parameters(part):
-            module._parameters[name] = nn.Parameter(bound[_inside(part, full)], requires_grad=False)
-        if part in self.model._modules:
-            self._move_buffers(part, flat.device)
-        if part.startswith("blocks."):
-            self._block_layout = layout
+    def _keep(self, part: str, layout: Layout, flat: torch.Tensor) -> None:
+        """Let a part stand in ``flat``, which holds its values."""
+        self._hold(part, {name: layout.view(flat, name) for name in layout.specs})
         self._unpack(part)
         self._packed[part] = Packed(layout, flat)
 
@@ -246,76 +323,41 @@ class Expert:
         if before is not None and before.flat.device == CPU:
             self._host_pool.give(before.flat)
 
-    def _move(self, part: str, device: torch.device) -> None:
-        arrived = []
-        for _, module, name in self._parameters(part):
-            old = module._parameters[name]
-            assert old is not None
-            if device == NOWHERE:  # quantized tensors know no meta device
-                new = torch.empty(old.shape, dtype=old.dtype, device=device)
-            else:
-                new = moved(old.data, device)
-            arrived.append((module, name, nn.Parameter(new, requires_grad=False)))
-        # Only now: should memory end half-way, the part is still whole where it was.
-        for module, name, parameter in arrived:
-            module._parameters[name] = parameter
-        if part in self.model._modules and device != NOWHERE:
-            self._move_buffers(part, device)
+    def _hold(self, part: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Have a part's modules hold these tensors, and nothing else; none: they are nowhere."""
+        for name in self._held.get(part, ()):
+            if name not in tensors:
+                owner, last = self._owner(part, name)
+                owner._parameters.pop(last, None)
+        nowhere = {
+            name: torch.empty(self._shapes[full], device=NOWHERE)
+            for full in self._names[part]
+            if (name := inside(part, full)) not in tensors
+        }
+        for name, tensor in {**nowhere, **tensors}.items():
+            owner, last = self._owner(part, name)
+            owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+        if tensors:
+            self._held[part] = tensors
+        else:
+            self._held.pop(part, None)
+        if part.startswith("blocks.") and part in self._held:
+            module: Any = self.model.get_submodule(part)
+            module.weight_kinds = self.layout(part).kinds
+
+    def _owner(self, part: str, name: str) -> tuple[nn.Module, str]:
+        """The module that has a tensor of a part as its parameter, and the parameter's name there."""
+        if part in self._shapes:
+            return self.model, part
+        path, _, last = name.rpartition(".")
+        return self.model.get_submodule(f"{part}.{path}" if path else part), last
 
     def _move_buffers(self, part: str, device: torch.device) -> None:
-        for module in self.model.get_submodule(part).modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
-
-    def _read(self, part: str, device: torch.device, stage: torch.device, *, packed: bool) -> None:
-        """Read a part from its files to a device."""
-        parameters, file = self._parameters(part), self.files.folder
-        quantized = any(full in self._quantized for full, _, _ in parameters)
-        convert_on = stage if device == CPU and quantized else device
-        layout = self._known_layout(part) if packed else None
-        flat = None if layout is None else self._flat(layout, device)
-        files: dict[Path, Any] = {}
-        try:
-            for full, module, name in parameters:
-                file = self.files.tensors[full][0]
-                if file not in files:
-                    files[file] = safe_open(file, framework="pt", device="cpu")
-                tensor = files[file].get_tensor(full)
-                if flat is None or full in self._quantized or tensor.dtype != self.dtypes[full]:
-                    tensor = self._converted(full, module, tensor, convert_on)
-                if layout is not None and flat is not None:
-                    layout.fill_one(flat, _inside(part, full), tensor)
-                else:
-                    module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} could not be read ({error}). Was it moved or is it damaged? Download it again.") from error
-        if layout is not None and flat is not None:
-            probe.synchronize(str(convert_on))
-            self._bind(part, layout, flat)
-        elif convert_on != device and not packed:
-            self._move(part, device)
         if part in self.model._modules:
-            self._move_buffers(part, device)
-
-    def _known_layout(self, part: str) -> Layout | None:
-        """How a part will lie in one piece, where that is known before it is there: what quantization makes of a tensor, the first block tells."""
-        parameters = self._parameters(part)
-        if part.startswith("blocks.") and self._block_layout is not None:
-            return self._block_layout
-        if any(full in self._quantized for full, _, _ in parameters):
-            return None
-        shapes = {full: module._parameters[name].shape for full, module, name in parameters}  # type: ignore[union-attr]
-        return Layout(
-            {_inside(part, full): torch.empty(shape, dtype=self.dtypes[full], device=NOWHERE) for full, shape in shapes.items()}, TOGETHER
-        )
-
-    def _converted(self, full: str, module: nn.Module, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A tensor of the file as it is kept, on a device."""
-        if full not in self._quantized:
-            return tensor.to(device, self.dtypes[full])
-        assert isinstance(module, nn.Linear)
-        return quantized_weight(tensor.to(device, self.precision.dtype), self.precision.storage_dtype)
+            for module in self.model.get_submodule(part).modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = buffer.to(device)
 
     # ---- computing
 

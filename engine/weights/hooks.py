@@ -1,7 +1,6 @@
 """What happens around each part of a dispatched expert: inputs to its device, host weights fetched, a look at the clock.
 
-On accelerate's hooks. accelerate's own offloading rebuilds each parameter from its class, which torchao's tensors don't
-survive, and allocates leaf by leaf; ``FetchHook`` copies a whole block into room that is made once.
+On accelerate's hooks. accelerate's own offloading allocates leaf by leaf; ``FetchHook`` copies a whole block into room that is made once.
 """
 
 from collections import deque
@@ -14,7 +13,6 @@ from accelerate.utils import find_device, send_to_device
 from torch import nn
 
 from .. import probe
-from .moving import inner_tensors, moved
 
 CheckCancelled = Callable[[], None]
 # So many blocks may be queued on a GPU before the host waits: enough to keep it busy, few enough to stop within a moment.
@@ -35,13 +33,12 @@ class FetchBuffer:
 
     def fill(self, name: str, host: nn.Parameter) -> nn.Parameter:
         """A device copy of a host parameter, in the room that parameters of this name and shape share."""
-        key = (name, host.shape, host.dtype, type(host.data))
+        key = (name, host.shape, host.dtype)
         if key not in self._room:
             # Never the host's own memory, which the next fill would overwrite.
-            self._room[key] = nn.Parameter(moved(host.data, self.device, copy=True), requires_grad=False)
+            self._room[key] = nn.Parameter(host.data.to(self.device, copy=True), requires_grad=False)
         else:
-            for there, here in zip(inner_tensors(self._room[key].data), inner_tensors(host.data), strict=True):
-                there.copy_(here)
+            self._room[key].data.copy_(host.data)
         return self._room[key]
 
     def clear(self) -> None:

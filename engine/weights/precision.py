@@ -1,21 +1,30 @@
 """In which precision an expert's weights are kept, and which of its tensors are exceptions.
 
-The exceptions are diffusers' own (``_keep_in_fp32_modules``), so that results equal ``from_pretrained(torch_dtype=...)``.
-Quantized weights are torchao's: one scale per output row, widened next to the matmul.
+The exceptions are diffusers' own (``_keep_in_fp32_modules``), so that results equal ``from_pretrained(torch_dtype=...)``. Only the
+blocks' matrices are ever kept in few bits (transformer/low_precision.py has the forms): what comes before and after the blocks is small
+and sensitive.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..checkpoints.stored import StoredTensor
 from ..errors import InvalidRequestError, UnsupportedError
+from .packing import Spec
 
 # fp32 is for comparisons; the node does not offer it.
 WEIGHT_DTYPES = ("default", "bf16", "fp16", "fp8_e4m3fn", "int8", "fp32")
 
-_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
+_WIDE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
+_FEW_BITS = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8}
 _PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NAMES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8", torch.float8_e4m3fn: "fp8_e4m3fn",
+    torch.float8_e5m2: "fp8_e5m2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,19 +34,55 @@ class Precision:
     Attributes:
         dtype: of plain weights and of computing.
         storage_dtype: of the blocks' matrices: ``dtype``, ``torch.int8`` or ``torch.float8_e4m3fn``.
+        as_stored: what files have in few bits stays as they have it; what most of them have, "F8_E4M3" or "GGUF:Q4_K". Else empty.
     """
 
     dtype: torch.dtype
     storage_dtype: torch.dtype
+    as_stored: str = ""
 
     @property
     def quantized(self) -> bool:
-        return self.storage_dtype != self.dtype
+        return bool(self.as_stored) or self.storage_dtype != self.dtype
 
     def __str__(self) -> str:
-        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
-        storage = names.get(self.storage_dtype, "fp8_e4m3fn")
-        return f"{storage} (computing in {names[self.dtype]})" if self.quantized else storage
+        if not self.quantized:
+            return _NAMES[self.dtype]
+        few = _FEW_BITS.get(self.as_stored)
+        storage = _NAMES[few or self.storage_dtype] if few or not self.as_stored else self.as_stored.replace(":", " ")
+        return f"{storage} (computing in {_NAMES[self.dtype]})"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one parameter is kept.
+
+    Attributes:
+        dtype: of its values in memory; uint8 for GGUF's bytes.
+        scaled: a scale per row stands beside it.
+        gguf_type: of GGUF's bytes.
+    """
+
+    dtype: torch.dtype
+    scaled: bool = False
+    gguf_type: str | None = None
+
+    @property
+    def few_bits(self) -> bool:
+        return self.scaled or self.gguf_type is not None
+
+    def specs(self, name: str, stored: StoredTensor) -> dict[str, Spec]:
+        """The tensors it takes, by name."""
+        if self.gguf_type is not None:
+            return {name: Spec((stored.shape[0], stored.size_bytes // stored.shape[0]), torch.uint8)}
+        if self.scaled:
+            return {name: Spec(stored.shape, self.dtype), scale_name(name): Spec((stored.shape[0], 1), torch.float32)}
+        return {name: Spec(stored.shape, self.dtype)}
+
+
+def scale_name(weight: str) -> str:
+    """What the scale of a weight is called."""
+    return f"{weight}_scale"
 
 
 def resolve_precision(choice: str, stored: str, *, on_gpu: bool) -> tuple[Precision, tuple[str, ...]]:
@@ -45,75 +90,70 @@ def resolve_precision(choice: str, stored: str, *, on_gpu: bool) -> tuple[Precis
 
     Args:
         choice: one of ``WEIGHT_DTYPES``.
-        stored: safetensors' name of the checkpoint's dtype ("F32", "BF16", ...).
+        stored: the dtype of most of the checkpoint ("F32", "BF16", "F8_E4M3", "GGUF:Q4_K", ...).
         on_gpu: whether GPUs compute.
 
     Raises:
         InvalidRequestError: the choice is unknown.
-        UnsupportedError: the stored dtype can't be widened here, or torchao is missing.
+        UnsupportedError: the stored dtype can't be widened here.
     """
     if choice not in WEIGHT_DTYPES:
         raise InvalidRequestError(f"weight_dtype is {choice!r}; choose one of {', '.join(WEIGHT_DTYPES)}.")
-    if stored not in _STORED:
-        raise UnsupportedError(f"This checkpoint is stored as {stored}, which this version does not read. Use a bf16, fp16 or fp32 one.")
-    stored_dtype = _STORED[stored]
-    compute = torch.bfloat16 if on_gpu and stored_dtype == torch.float32 else stored_dtype
+    few_bits = stored in _FEW_BITS or stored.startswith("GGUF:")
+    if not few_bits and stored not in _WIDE:
+        raise UnsupportedError(f"This checkpoint is stored as {stored}, which this version does not read. Use a bf16, fp16 or fp8 one.")
+    compute = _WIDE.get(stored, torch.float32)
+    compute = torch.bfloat16 if on_gpu and compute == torch.float32 else compute
     if choice in _PLAIN:
         return Precision(_PLAIN[choice], _PLAIN[choice]), ()
     if choice == "default":
-        notes = ("The checkpoint is stored in fp32; it is kept in bf16, as Wan was trained.",) if compute != stored_dtype else ()
+        if few_bits:
+            return Precision(compute, compute, as_stored=stored), ()
+        notes = ("The checkpoint is stored in fp32; it is kept in bf16, as Wan was trained.",) if compute != _WIDE[stored] else ()
         return Precision(compute, compute), notes
-    _quantizer(choice)
     return Precision(compute, torch.int8 if choice == "int8" else torch.float8_e4m3fn), ()
 
 
-def parameter_dtypes(model: nn.Module, precision: Precision) -> dict[str, torch.dtype]:
-    """The dtype of every parameter in memory, by name; quantized matrices count as their storage dtype."""
+def parameter_forms(model: nn.Module, tensors: Mapping[str, StoredTensor], precision: Precision) -> dict[str, Form]:
+    """How every parameter of a transformer is kept, by name."""
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    matrices = quantizable_weights(model) if precision.quantized else frozenset()
-    dtypes = {}
+    matrices = block_matrices(model)
+    forms: dict[str, Form] = {}
     for name, _ in model.named_parameters():
         if kept.intersection(name.split(".")):
-            dtypes[name] = torch.float32
+            forms[name] = Form(torch.float32)
+        elif name in matrices and precision.quantized:
+            forms[name] = _few_bits(tensors[name], precision)
         else:
-            dtypes[name] = precision.storage_dtype if name in matrices else precision.dtype
-    return dtypes
+            forms[name] = Form(precision.dtype)
+    return forms
 
 
-def quantizable_weights(model: nn.Module) -> frozenset[str]:
-    """The matrices of the transformer blocks. What comes before and after them is small and sensitive, so it stays."""
+def _few_bits(stored: StoredTensor, precision: Precision) -> Form:
+    if not precision.as_stored:
+        return Form(precision.storage_dtype, scaled=True)
+    if stored.gguf_type is not None:
+        return Form(torch.uint8, gguf_type=stored.gguf_type)
+    dtype = _FEW_BITS.get(stored.dtype)
+    return Form(precision.dtype) if dtype is None else Form(dtype, scaled=True)
+
+
+def block_matrices(model: nn.Module) -> frozenset[str]:
+    """The names of the transformer blocks' matrices."""
     return frozenset(
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith("blocks.")
     )
 
 
-def quantized_weight(weight: torch.Tensor, storage_dtype: torch.dtype) -> torch.Tensor:
-    """A layer's weight [out, in] quantized, on the device it is on.
+def stored_dtype(stored: StoredTensor) -> torch.dtype:
+    """torch's dtype of a tensor in its file; uint8 for GGUF's bytes.
 
     Raises:
-        UnsupportedError: torchao can't do that on this device.
+        UnsupportedError: no such dtype here.
     """
-    from torchao.quantization import quantize_
-
-    choice = "int8" if storage_dtype == torch.int8 else "fp8_e4m3fn"
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    try:
-        quantize_(linear, _quantizer(choice))
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise UnsupportedError(f"weight_dtype {choice} does not work on {weight.device} ({error}). Choose bf16 or int8.") from error
-    return linear.weight.data
-
-
-def _quantizer(choice: str):
-    try:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
-    except ImportError as error:
-        raise UnsupportedError(
-            f"weight_dtype {choice} needs the package torchao in a version that suits this torch ({torch.__version__}): {error}. "
-            "Install it with `pip install torchao`, or choose bf16."
-        ) from error
-    # torchao's default also changes settings of the whole process (matmul precision, compiler flags).
-    return Int8WeightOnlyConfig(set_inductor_config=False) if choice == "int8" else Float8WeightOnlyConfig(set_inductor_config=False)
+    if stored.gguf_type is not None:
+        return torch.uint8
+    found = {**_WIDE, **_FEW_BITS, "F64": torch.float64, "U8": torch.uint8}.get(stored.dtype)
+    if found is None:
+        raise UnsupportedError(f"Tensor {stored.key} of {stored.file.name} is stored as {stored.dtype}, which this version does not read.")
+    return found

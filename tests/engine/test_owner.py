@@ -18,14 +18,15 @@ from imagined_gpus import ImaginedGpus
 from imagined_machine import TinyExpert, gpu, imagined_machine
 from wan_sharded.engine import Callbacks, ImageToVideoRequest, ModelHandle, VideoResult, open_model
 from wan_sharded.engine import loaded as loaded_module
+from wan_sharded.engine.checkpoints.stored import StoredTensor
 from wan_sharded.engine.errors import PlacementError
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
 from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES
 from wan_sharded.engine.planning.devices import GIB, Machine
 from wan_sharded.engine.planning.placement import HOST
-from wan_sharded.engine.weights import expert as expert_module
 from wan_sharded.engine.weights.expert import CPU, NOWHERE
+from wan_sharded.engine.weights.reading import TensorReader
 
 MIB = 1024**2
 # Activations, embeddings and the VAE of 64x48x5, generously.
@@ -91,26 +92,15 @@ def bench(
     checkpoint: Path, make_request: Callable[..., ImageToVideoRequest], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Bench]]:
     benches: list[Bench] = []
-    real = expert_module.safe_open
+    def watched(real: Callable[..., object]) -> Callable[..., object]:
+        def read(reader: TensorReader, stored: StoredTensor, *arguments: object) -> object:
+            benches[-1].read.append(stored.key)
+            return real(reader, stored, *arguments)
 
-    class Watched:
-        """The real reader, which tells what is read."""
+        return read
 
-        def __init__(self, *args: object, **kwargs: object):
-            self._file = real(*args, **kwargs)
-
-        def __enter__(self):
-            self._file.__enter__()
-            return self
-
-        def __exit__(self, *error: object):
-            return self._file.__exit__(*error)
-
-        def get_tensor(self, name: str) -> torch.Tensor:
-            benches[-1].read.append(name)
-            return self._file.get_tensor(name)
-
-    monkeypatch.setattr(expert_module, "safe_open", Watched)
+    for way in ("mapped", "_read"):  # as pages of the file, and into memory
+        monkeypatch.setattr(TensorReader, way, watched(getattr(TensorReader, way)))
 
     def make(count: int = 1, capacity: dict[int, int] | None = None) -> Bench:
         gpus.capacity.update(capacity or {})
@@ -145,7 +135,7 @@ def test_the_second_run_reads_and_moves_nothing(bench: Callable[..., Bench], che
     one = bench(2)
     handle = open_model(checkpoint, weight_dtype="fp32")
     first = one.run(handle)
-    assert len(one.read) == sum(len(files.tensors) for files in handle.folder.experts.values())
+    assert len(one.read) == sum(len(files.tensors) for files in handle.model.experts.values())
     one.forget()
     again = one.run(handle)
     assert one.read == [] and one.loaded == []

@@ -8,7 +8,8 @@ import random
 
 import pytest
 import torch
-from wan_sharded.engine.checkpoints.diffusers_folder import HIGH_NOISE, open_diffusers_folder
+from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folder
+from wan_sharded.engine.checkpoints.stored import HIGH_NOISE
 from wan_sharded.engine.parallel.crew import Crew, Share
 from wan_sharded.engine.parallel.forward import ParallelForward
 from wan_sharded.engine.parallel.functions import BlockFunctions, can_compile

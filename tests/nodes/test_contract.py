@@ -75,6 +75,19 @@ CONTRACTS = {
         optional={f"gpu{index}_gb": number("FLOAT", 0.0, -1.0, 256.0, 0.5) for index in range(8)},
         outputs=[("model", "WAN_SHARDED_MODEL")],
     ),
+    "WanShardedLora": Contract(
+        display_name="Wan Sharded LoRA",
+        required={
+            "model": socket("WAN_SHARDED_MODEL"),
+            # Files that ComfyUI knows come after this word; here there are none.
+            "high_noise_lora": combo("none"),
+            "high_noise_strength": number("FLOAT", 1.0, -10.0, 10.0, 0.05),
+            "low_noise_lora": combo("none"),
+            "low_noise_strength": number("FLOAT", 1.0, -10.0, 10.0, 0.05),
+        },
+        optional={},
+        outputs=[("model", "WAN_SHARDED_MODEL")],
+    ),
     "WanShardedI2VSampler": Contract(
         display_name="Wan I2V Sampler",
         required={

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from tiny_checkpoint import randomize
-from wan_sharded.engine.checkpoints.diffusers_folder import HIGH_NOISE, ComponentFiles, open_diffusers_folder, weight_files
+from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folder, weight_files
 from wan_sharded.engine.checkpoints.safetensors_header import read_header
+from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, ComponentFiles
 from wan_sharded.engine.parallel.crew import Crew, Share
 from wan_sharded.engine.parallel.workers import Worker
 from wan_sharded.engine.weights.expert import Expert
@@ -25,8 +26,8 @@ def saved_model(folder: Path, **changes: Any) -> tuple[WanTransformer3DModel, Co
     model = WanTransformer3DModel(**{**SMALL, "in_channels": 4, "out_channels": 4, **changes}).eval()
     randomize(model, torch.Generator().manual_seed(8))
     model.save_pretrained(folder)
-    tensors = {name: (file, entry) for file in weight_files(folder) for name, entry in read_header(file).items()}
-    return model, ComponentFiles(folder, tensors)
+    tensors = {name: entry for file in weight_files(folder) for name, entry in read_header(file).items()}
+    return model, ComponentFiles(folder.name, dict(model.config), tensors)
 
 
 def expert_of(files: ComponentFiles | Path, precision: Precision = F32, *, part: str = HIGH_NOISE) -> Expert:

@@ -6,7 +6,6 @@ The real shape of the published checkpoint, without its weights, planned by the 
 """
 
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -17,8 +16,8 @@ if "wan_sharded" not in sys.modules:
 
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
-from wan_sharded.engine.checkpoints.diffusers_folder import HIGH_NOISE, LOW_NOISE, ComponentFiles, DiffusersFolder
-from wan_sharded.engine.checkpoints.safetensors_header import TensorEntry
+from stored_like import described
+from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, LOW_NOISE, ModelFiles
 from wan_sharded.engine.handle import ModelHandle
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import plan_report
@@ -34,24 +33,21 @@ HOST_AVAILABLE_BYTES = 56 * GIB
 SLIDERS_GIB = {0: 15, 1: 11}
 
 
-def published_checkpoint(folder: Path) -> DiffusersFolder:
+def published_checkpoint() -> ModelFiles:
     """Wan-AI/Wan2.2-I2V-A14B-Diffusers as its headers describe it: two experts of 14.3 billion float32 parameters."""
     experts = {}
     for part in (HIGH_NOISE, LOW_NOISE):
         with init_empty_weights():
             model = WanTransformer3DModel(in_channels=36, out_channels=16, text_dim=4096, num_layers=40)
-        model.save_config(folder / part)
-        tensors = {name: (folder / part, TensorEntry("F32", tuple(p.shape))) for name, p in model.named_parameters()}
-        experts[part] = ComponentFiles(folder / part, tensors)
-    return DiffusersFolder(folder, 0.9, experts, fingerprint="")
+        experts[part] = described(model, "F32")
+    return ModelFiles("published", experts, None, None, None, fingerprint="")
 
 
 def example_report(weight_dtype: str = "default") -> str:
     """The placement for 832x480, 81 frames in words, inside a ComfyUI with its usual allocator."""
     machine = Machine(GPUS, HOST_AVAILABLE_BYTES, fragmentation=FRAGMENTATION_ASYNC)
-    with tempfile.TemporaryDirectory() as folder:
-        handle = ModelHandle(published_checkpoint(Path(folder)), weight_dtype, max_memory_gib=SLIDERS_GIB)
-        return plan_report(ModelOwner().dry_plan(handle, machine, VideoShape(832, 480, 81)))
+    handle = ModelHandle(published_checkpoint(), weight_dtype, max_memory_gib=SLIDERS_GIB)
+    return plan_report(ModelOwner().dry_plan(handle, machine, VideoShape(832, 480, 81)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from wan_sharded.engine.checkpoints.diffusers_folder import EXPERT_WORDS, HIGH_NOISE, open_diffusers_folder
+from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folder
+from wan_sharded.engine.checkpoints.stored import EXPERT_WORDS, HIGH_NOISE
 from wan_sharded.engine.planning.budgets import CONTEXT_BYTES
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Machine
 from wan_sharded.engine.planning.footprint import VideoShape, transformer_activation_bytes
@@ -37,14 +38,7 @@ class TinyExpert:
         config = expert.model.config
         self.width = config.num_attention_heads * config.attention_head_dim
         self.widened_bytes = expert.widened_bytes
-        self.sizes = {
-            part: sum(
-                expert.model.get_parameter(name).numel() * dtype.itemsize
-                for name, dtype in expert.dtypes.items()
-                if name == part or name.startswith(f"{part}.")
-            )
-            for part in expert.parts
-        }
+        self.sizes = expert.sizes()
         self.total_bytes = sum(self.sizes.values())
         self.block_bytes = max(size for part, size in self.sizes.items() if part.startswith("blocks."))
 

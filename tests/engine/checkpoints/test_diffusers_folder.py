@@ -20,20 +20,22 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def test_a_whole_model(tiny_checkpoint: Path) -> None:
     folder = open_diffusers_folder(tiny_checkpoint)
-    assert folder.path == tiny_checkpoint
+    assert folder.vae == tiny_checkpoint / "vae" and folder.text_encoder == tiny_checkpoint / "text_encoder"
+    assert folder.tokenizer == tiny_checkpoint / "tokenizer"
     assert folder.boundary_ratio == 0.9
     assert set(folder.experts) == {"transformer", "transformer_2"}
     for part, files in folder.experts.items():
         assert files.stored_dtype == "F32"
         assert len([name for name in files.tensors if name.endswith("attn1.to_q.weight")]) == 5
-        assert {file for file, _ in files.tensors.values()} == {tiny_checkpoint / part / WEIGHTS}
+        assert {stored.file for stored in files.tensors.values()} == {tiny_checkpoint / part / WEIGHTS}
 
 
 def test_a_model_in_several_files(make_checkpoint: Callable[..., Path], tiny_checkpoint: Path) -> None:
     several, one = (open_diffusers_folder(path) for path in (make_checkpoint(sharded=True), tiny_checkpoint))
     for part in ("transformer", "transformer_2"):
-        assert len({file for file, _ in several.experts[part].tensors.values()}) >= 3
-        assert {n: e for n, (_, e) in several.experts[part].tensors.items()} == {n: e for n, (_, e) in one.experts[part].tensors.items()}
+        assert len({stored.file for stored in several.experts[part].tensors.values()}) >= 3
+        found = [{n: (e.dtype, e.shape) for n, e in model.experts[part].tensors.items()} for model in (several, one)]
+        assert found[0] == found[1]
 
 
 def test_the_stored_dtype(tiny_checkpoint_bf16: Path) -> None:
@@ -200,7 +202,7 @@ def build(model: Path) -> None:
 BUILD_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a tensor of the wrong shape": (
         lambda model: replace_tensor(model / "transformer" / WEIGHTS, "blocks.3.attn1.to_q.weight", torch.zeros(48, 47)),
-        ["wan copy/transformer: tensor blocks.3.attn1.to_q.weight is [48, 47], but config.json wants [48, 48]", "Download it again"],
+        ["wan copy/transformer: tensor blocks.3.attn1.to_q.weight is [48, 47], but its configuration (config.json) wants [48, 48]", "Download it again"],
     ),
     "a missing tensor": (
         lambda model: replace_tensor(model / "transformer_2" / WEIGHTS, "proj_out.weight", None),
@@ -212,7 +214,7 @@ BUILD_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a configuration of another width": (
         lambda model: edit(model / "transformer" / "config.json", num_attention_heads=4),
-        ["config.json wants"],
+        ["(config.json) wants"],
     ),
     "a configuration with words for numbers": (
         lambda model: edit(model / "transformer" / "config.json", num_attention_heads="three"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from wan_sharded.engine.checkpoints.safetensors_header import MAX_HEADER_BYTES, TensorEntry, read_header
+from wan_sharded.engine.checkpoints.safetensors_header import MAX_HEADER_BYTES, read_header, read_header_and_metadata
 from wan_sharded.engine.errors import CheckpointError
 
 
@@ -39,19 +39,32 @@ def test_a_real_file(file: Path) -> None:
         "steps": torch.zeros(2, dtype=torch.int64),
     }
     save_file(tensors, file, metadata={"format": "pt"})
-    assert read_header(file) == {
-        "a.weight": TensorEntry("F32", (3, 4)),
-        "b": TensorEntry("BF16", (5,)),
-        "c": TensorEntry("F8_E4M3", (2, 2)),
-        "scalar": TensorEntry("F16", ()),
-        "empty": TensorEntry("F32", (0, 7)),
-        "steps": TensorEntry("I64", (2,)),
+    entries, metadata = read_header_and_metadata(file)
+    assert {name: (entry.dtype, entry.shape) for name, entry in entries.items()} == {
+        "a.weight": ("F32", (3, 4)),
+        "b": ("BF16", (5,)),
+        "c": ("F8_E4M3", (2, 2)),
+        "scalar": ("F16", ()),
+        "empty": ("F32", (0, 7)),
+        "steps": ("I64", (2,)),
     }
+    assert metadata == {"format": "pt"}
+    assert all(entry.file == file and entry.key == name for name, entry in entries.items())
+
+
+def test_where_the_bytes_are(file: Path) -> None:
+    save_file({"first": torch.arange(5, dtype=torch.int32), "second": torch.arange(7, dtype=torch.float16)}, file)
+    raw = file.read_bytes()
+    for name, dtype in (("first", torch.int32), ("second", torch.float16)):
+        entry = read_header(file)[name]
+        values = torch.frombuffer(bytearray(raw[entry.offset : entry.offset + entry.size_bytes]), dtype=dtype)
+        assert values.tolist() == list(range(entry.elements))
 
 
 def test_four_bit_elements_share_bytes(file: Path) -> None:
     write(file, {"a": tensor(0, 3, (5,), "F4")}, b"\0" * 3)
-    assert read_header(file)["a"] == TensorEntry("F4", (5,))
+    entry = read_header(file)["a"]
+    assert (entry.dtype, entry.shape, entry.size_bytes) == ("F4", (5,), 3)
 
 
 BROKEN = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from crews import CPU, F32, crew_of, expert_of, inputs, on_cpu, poison, relative
 from imagined_gpus import ImaginedGpus
-from wan_sharded.engine.checkpoints.diffusers_folder import HIGH_NOISE, LOW_NOISE
+from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, LOW_NOISE
 from wan_sharded.engine.parallel.forward import ParallelForward
 from wan_sharded.engine.parallel.functions import BlockFunctions
 from wan_sharded.engine.parallel.workers import Worker
@@ -102,7 +102,7 @@ def test_one_gpu_fetches_what_the_host_holds(gpus: ImaginedGpus, small: Path) ->
 @pytest.mark.parametrize("homes", [[MAPPED], [LAZY[0], LAZY[1], PACKED]], ids=["mapped", "all"])
 def test_no_more_than_two_blocks_are_being_fetched(gpus: ImaginedGpus, checkpoint: Path, homes: list[Home]) -> None:
     expert = place(expert_of(checkpoint), homes, LAZY[0])
-    block = expert.block_layout("blocks.0").total_bytes
+    block = expert.layout("blocks.0").total_bytes
     weights = [gpus.live_bytes(index) for index in (0, 1)]
     assert block > 3 * MIB
     forward = forward_of(expert, LAZY)
@@ -123,7 +123,7 @@ def test_a_worker_that_holds_all_blocks_has_no_buffers(gpus: ImaginedGpus, check
     before = gpus.live_bytes(0)
     forward = forward_of(expert, LAZY)
     assert gpus.live_bytes(0) == before
-    assert gpus.live_bytes(1) == 2 * expert.block_layout("blocks.0").total_bytes
+    assert gpus.live_bytes(1) == 2 * expert.layout("blocks.0").total_bytes
     assert forward._crew.slots(forward._crew.workers[1], 1) == forward._crew._slots[1]
 
 

@@ -4,16 +4,14 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from crews import expert_of
 from diffusers import WanTransformer3DModel
+from stored_like import described
 from torch.utils._python_dispatch import TorchDispatchMode
-from wan_sharded.engine.checkpoints.diffusers_folder import ComponentFiles
-from wan_sharded.engine.checkpoints.safetensors_header import TensorEntry
 from wan_sharded.engine.parallel.crew import Crew, Share
 from wan_sharded.engine.parallel.forward import ParallelForward
 from wan_sharded.engine.parallel.functions import BlockFunctions
@@ -73,16 +71,15 @@ class CountedWorker(Worker):
 
 
 @pytest.fixture(scope="module")
-def expert(tmp_path_factory: pytest.TempPathFactory) -> Expert:
+def expert() -> Expert:
     """A block of the real size, without weights. Nowhere is where the workers are too, so they find the weights there."""
-    folder = tmp_path_factory.mktemp("model") / "transformer"
     with torch.device("meta"):
         model = WanTransformer3DModel(in_channels=36, out_channels=16, num_layers=1)
-    model.save_config(folder)
-    tensors = {name: (Path(), TensorEntry("BF16", tuple(p.shape))) for name, p in model.named_parameters()}
-    expert = expert_of(ComponentFiles(folder, tensors), BF16)
-    for name, parameter in expert.model.named_parameters():
-        parameter.data = parameter.data.to(expert.dtypes[name])
+    expert = expert_of(described(model), BF16)
+    for part in expert.parts:
+        expert._hold(
+            part, {name: torch.empty(spec.shape, dtype=spec.dtype, device=NOWHERE) for name, spec in expert.layout(part).specs.items()}
+        )
     expert.model.rope.to(NOWHERE)
     return expert
 

@@ -231,7 +231,7 @@ def test_a_bad_model_does_not_disturb_a_good_one(tiny_checkpoint: Path, tmp_path
     (copy / "transformer" / "config.json").write_text(
         (copy / "transformer" / "config.json").read_text().replace('"ffn_dim": 96', '"ffn_dim": 80')
     )
-    with pytest.raises(CheckpointError, match="config.json wants"):
+    with pytest.raises(CheckpointError, match=r"\(config.json\) wants"):
         engine(open_model(copy), quick())
     assert engine.owner.loaded is loaded, "still there"
     assert torch.equal(engine(handle, quick()).frames, expected)

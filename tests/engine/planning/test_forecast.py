@@ -7,13 +7,14 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from imagined_machine import gpu, machine
+from stored_like import part_sizes
 from torch.utils.flop_counter import FlopCounterMode
 from wan_sharded.engine.planning.budgets import budgets_for
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo
 from wan_sharded.engine.planning.footprint import VideoShape
 from wan_sharded.engine.planning.forecast import REACHED_SHARE, Work, forecast, speed_shares
 from wan_sharded.engine.planning.placement import HOST, Placement, place_expert
-from wan_sharded.engine.weights.precision import Precision, parameter_dtypes
+from wan_sharded.engine.weights.precision import Precision
 
 P480 = VideoShape(832, 480, 81)
 P720 = VideoShape(1280, 720, 81)
@@ -31,14 +32,12 @@ def by_index(*devices: DeviceInfo) -> dict[int, DeviceInfo]:
 
 def place(model: WanTransformer3DModel, devices: Mapping[int, DeviceInfo], *, parallel: bool, offload: str = "auto") -> Placement:
     return place_expert(
-        model,
+        part_sizes(model, BF16),
         budgets_for(machine(*devices.values()), {})[0],
         device_map="balanced",
         offload=offload,
         activation_bytes=3 * GIB,
         host_bytes=56 * GIB,
-        dtype=BF16.dtype,
-        special_dtypes=parameter_dtypes(model, BF16),
         parallel=parallel,
     )
 

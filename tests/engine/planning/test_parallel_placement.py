@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from imagined_machine import gpu, machine
+from stored_like import part_sizes
 from wan_sharded.engine.errors import PlacementError
 from wan_sharded.engine.planning.budgets import CONTEXT_BYTES, budgets_for
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Machine, gib
@@ -22,7 +23,7 @@ from wan_sharded.engine.planning.footprint import (
     worker_activation_bytes,
 )
 from wan_sharded.engine.planning.placement import HOST, Placement, parts_of, place_expert
-from wan_sharded.engine.weights.precision import Precision, parameter_dtypes
+from wan_sharded.engine.weights.precision import Precision
 
 P480 = VideoShape(832, 480, 81)
 P720 = VideoShape(1280, 720, 81)
@@ -49,14 +50,12 @@ def place(
     host_gib: float = 56,
 ) -> Placement:
     return place_expert(
-        model,
+        part_sizes(model, precision),
         budgets_for(computer, sliders)[0],
         device_map=device_map,
         offload=offload,
         activation_bytes=needs(computer, sliders, shape),
         host_bytes=int(host_gib * GIB),
-        dtype=precision.dtype,
-        special_dtypes=parameter_dtypes(model, precision),
         parallel=True,
     )
 

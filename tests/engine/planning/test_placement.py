@@ -10,12 +10,13 @@ from accelerate import infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from diffusers import WanTransformer3DModel
 from imagined_machine import gpu, machine
+from stored_like import dtypes_of, part_sizes
 from wan_sharded.engine.errors import InvalidRequestError, PlacementError
 from wan_sharded.engine.planning.budgets import CONTEXT_BYTES, Budget, budgets_for
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Machine, gib
 from wan_sharded.engine.planning.footprint import VideoShape, transformer_activation_bytes
 from wan_sharded.engine.planning.placement import HOST, SLACK_BYTES, Placement, parts_of, place_expert
-from wan_sharded.engine.weights.precision import Precision, parameter_dtypes
+from wan_sharded.engine.weights.precision import Precision
 
 P480 = VideoShape(832, 480, 81)
 P720 = VideoShape(1280, 720, 81)
@@ -40,14 +41,12 @@ def place(
     budgets, _ = budgets_for(computer, sliders)
     width = model.config.num_attention_heads * model.config.attention_head_dim
     return place_expert(
-        model,
+        part_sizes(model, precision),
         budgets,
         device_map=device_map,
         offload=offload,
         activation_bytes=transformer_activation_bytes(shape, width, precision.dtype.itemsize),
         host_bytes=int(host_gib * GIB),
-        dtype=precision.dtype,
-        special_dtypes=parameter_dtypes(model, precision),
     )
 
 
@@ -151,7 +150,7 @@ def test_any_number_of_gpus(wan_14b: WanTransformer3DModel, count: int, device_m
 @pytest.mark.parametrize("device_map", ["balanced", "auto"])
 def test_the_map_is_accelerates_own(wan_14b: WanTransformer3DModel, rooms_gib: tuple[float, ...], device_map: str) -> None:
     """We give accelerate one parameter per part, for speed; the whole model must give the same map."""
-    sizing = {"dtype": BF16.dtype, "special_dtypes": parameter_dtypes(wan_14b, BF16)}
+    sizing = {"dtype": BF16.dtype, "special_dtypes": dtypes_of(wan_14b, BF16)}
     room = {index: int(value * GIB) for index, value in enumerate(rooms_gib)}
     memory = {**room, "cpu": 56 * GIB}
     if device_map == "balanced" and len(room) > 1:
@@ -169,8 +168,10 @@ def test_the_map_is_accelerates_own(wan_14b: WanTransformer3DModel, rooms_gib: t
 
 def test_sizes_are_what_the_weights_take(wan_14b: WanTransformer3DModel, precision: Precision) -> None:
     placement = place(wan_14b, machine(gpu(0, 80)), {}, precision)
-    dtypes = parameter_dtypes(wan_14b, precision)
-    assert sum(placement.sizes.values()) == sum(p.numel() * dtypes[name].itemsize for name, p in wan_14b.named_parameters())
+    dtypes = dtypes_of(wan_14b, precision)
+    values = sum(p.numel() * dtypes[name].itemsize for name, p in wan_14b.named_parameters())
+    rows = sum(p.shape[0] for name, p in wan_14b.named_parameters() if dtypes[name].itemsize == 1)
+    assert sum(placement.sizes.values()) == values + 4 * rows, "and a float32 scale per row of few bits"
 
 
 # ---- random machines

@@ -5,11 +5,12 @@ import re
 import pytest
 from diffusers import WanTransformer3DModel
 from imagined_machine import gpu, machine
+from stored_like import part_sizes
 from wan_sharded.engine.planning.budgets import budgets_for
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo
 from wan_sharded.engine.planning.placement import Placement, place_expert
 from wan_sharded.engine.planning.report import block_ranges, placement_report
-from wan_sharded.engine.weights.precision import Precision, parameter_dtypes
+from wan_sharded.engine.weights.precision import Precision
 
 MODEL_CASE = machine(gpu(0, 16), gpu(1, 12))
 
@@ -30,14 +31,12 @@ def test_block_ranges(numbers: list[int], words: str) -> None:
 
 def placed(model: WanTransformer3DModel, precision: Precision, sliders: dict[int, float]) -> Placement:
     return place_expert(
-        model,
+        part_sizes(model, precision),
         budgets_for(MODEL_CASE, sliders)[0],
         device_map="auto",
         offload="auto",
         activation_bytes=3 * GIB,
         host_bytes=56 * GIB,
-        dtype=precision.dtype,
-        special_dtypes=parameter_dtypes(model, precision),
     )
 
 

@@ -1,4 +1,4 @@
-"""A block's weights in one piece of memory: the same bits come out, quantized tensors included, and nothing is copied to read them."""
+"""A block's weights in one piece of memory: the same bits come out, and nothing is copied to read them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from imagined_gpus import ImaginedGpus
-from wan_sharded.engine.checkpoints.diffusers_folder import HIGH_NOISE, open_diffusers_folder
+from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folder
+from wan_sharded.engine.checkpoints.stored import HIGH_NOISE
 from wan_sharded.engine.transformer.wan_block import QKV, TEXT_KV, fused_name
-from wan_sharded.engine.weights.expert import CPU, TOGETHER, Expert
-from wan_sharded.engine.weights.moving import inner_tensors
-from wan_sharded.engine.weights.packing import Layout, take_apart
-from wan_sharded.engine.weights.precision import Precision, quantized_weight
+from wan_sharded.engine.weights.expert import CPU, Expert
+from wan_sharded.engine.weights.packing import Layout, Spec
+from wan_sharded.engine.weights.precision import Precision
 
 F32, BF16, INT8, FP8 = torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn
 LAZY = torch.device("lazy:0")
@@ -34,6 +34,10 @@ def mixed() -> dict[str, torch.Tensor]:
     }
 
 
+def layout_of(tensors: dict[str, torch.Tensor], together: list = [], kinds: dict[str, str] | None = None) -> Layout:  # noqa: B006
+    return Layout({name: Spec.of(tensor) for name, tensor in tensors.items()}, together, kinds)
+
+
 def memory(layout: Layout) -> torch.Tensor:
     """Full of what no weight is, so that what is not filled shows."""
     return torch.full((layout.total_bytes,), 255, dtype=torch.uint8)
@@ -48,7 +52,7 @@ def offset(tensor: torch.Tensor, flat: torch.Tensor) -> int:
 
 def test_what_goes_in_comes_out() -> None:
     tensors = mixed()
-    layout = Layout(tensors)
+    layout = layout_of(tensors)
     flat = memory(layout)
     layout.fill(flat, tensors)
     bound = layout.bind(flat)
@@ -60,7 +64,7 @@ def test_what_goes_in_comes_out() -> None:
 
 def test_bound_tensors_are_the_memory() -> None:
     tensors = mixed()
-    layout = Layout(tensors)
+    layout = layout_of(tensors)
     flat = memory(layout)
     bound = layout.bind(flat)
     layout.fill(flat, tensors)
@@ -75,7 +79,7 @@ def test_bound_tensors_are_the_memory() -> None:
 def test_the_same_bytes_mean_the_same_anywhere() -> None:
     """Which is how a block travels: one copy of the bytes into another buffer, which may be longer."""
     tensors = mixed()
-    layout = Layout(tensors)
+    layout = layout_of(tensors)
     flat, other = memory(layout), torch.zeros(layout.total_bytes + 64, dtype=torch.uint8)
     layout.fill(flat, tensors)
     other[: layout.total_bytes].copy_(flat)
@@ -84,7 +88,7 @@ def test_the_same_bytes_mean_the_same_anywhere() -> None:
 
 def test_every_tensor_is_aligned_and_none_overlaps() -> None:
     tensors = mixed()
-    layout = Layout(tensors)
+    layout = layout_of(tensors)
     flat = memory(layout)
     spans = sorted((offset(t, flat), offset(t, flat) + t.numel() * t.itemsize) for t in layout.bind(flat).values() if t.numel())
     assert all(begin % ALIGNED == 0 for begin, _ in spans)
@@ -95,29 +99,29 @@ def test_every_tensor_is_aligned_and_none_overlaps() -> None:
 
 def test_filling_one_leaves_the_others() -> None:
     tensors = mixed()
-    layout = Layout(tensors)
+    layout = layout_of(tensors)
     flat = memory(layout)
-    layout.fill_one(flat, "odd", tensors["odd"])
+    layout.view(flat, "odd").copy_(tensors["odd"])
     bound = layout.bind(flat)
     assert torch.equal(bound["odd"], tensors["odd"])
     assert bound["matrix"].isnan().all() and torch.equal(bound["flags"], torch.tensor([-1, -1, -1], dtype=INT8))
 
 
 def test_a_tensor_of_another_shape_is_refused() -> None:
-    layout = Layout(mixed())
+    layout = layout_of(mixed())
     with pytest.raises(RuntimeError):
-        layout.fill_one(memory(layout), "matrix", torch.zeros(6, 4))
+        layout.view(memory(layout), "matrix").copy_(torch.zeros(6, 4))
 
 
 def test_layouts_are_compared_by_places() -> None:
     tensors = mixed()
-    assert Layout(tensors).same_as(Layout({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}))
-    assert not Layout(tensors).same_as(Layout({**tensors, "odd": torch.zeros(8, dtype=BF16)}))
-    assert not Layout(tensors).same_as(Layout({**tensors, "odd": torch.zeros(7, dtype=torch.float16)}))
-    assert not Layout(tensors).same_as(Layout({**tensors, "more": torch.zeros(1)}))
+    assert layout_of(tensors).same_as(layout_of({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}))
+    assert not layout_of(tensors).same_as(layout_of({**tensors, "odd": torch.zeros(8, dtype=BF16)}))
+    assert not layout_of(tensors).same_as(layout_of({**tensors, "odd": torch.zeros(7, dtype=torch.float16)}))
+    assert not layout_of(tensors).same_as(layout_of({**tensors, "more": torch.zeros(1)}))
     groups = [("q+k", ("matrix", "turned"))]
     swapped = {**tensors, "turned": torch.zeros(4, 5)}
-    assert not Layout(swapped).same_as(Layout(swapped, groups)), "other places"
+    assert not layout_of(swapped).same_as(layout_of(swapped, groups)), "other places"
 
 
 # ---- several tensors as one
@@ -132,7 +136,7 @@ def qkv(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def test_a_whole_shares_memory_with_its_members() -> None:
     tensors = qkv()
-    layout = Layout(tensors, [("q+k+v", ("q", "k", "v"))])
+    layout = layout_of(tensors, [("q+k+v", ("q", "k", "v"))])
     flat = memory(layout)
     layout.fill(flat, tensors)
     bound = layout.bind(flat)
@@ -147,7 +151,7 @@ def test_a_whole_shares_memory_with_its_members() -> None:
 
 def test_members_may_differ_in_their_first_dimension() -> None:
     tensors = qkv(k=torch.randn(1, 5), v=torch.randn(2, 5))
-    layout = Layout(tensors, [("q+k+v", ("q", "k", "v"))])
+    layout = layout_of(tensors, [("q+k+v", ("q", "k", "v"))])
     flat = memory(layout)
     layout.fill(flat, tensors)
     assert torch.equal(layout.bind(flat)["q+k+v"], torch.cat([tensors[name] for name in "qkv"]))
@@ -159,13 +163,12 @@ def test_members_may_differ_in_their_first_dimension() -> None:
         {"k": torch.randn(3, 4)},
         {"k": torch.randn(3, 5).to(BF16)},
         {"q": torch.tensor(1.0), "k": torch.tensor(2.0), "v": torch.tensor(3.0)},
-        {"k": quantized_weight(torch.randn(3, 5), INT8)},
     ],
-    ids=["another shape", "another dtype", "no dimension", "quantized"],
+    ids=["another shape", "another dtype", "no dimension"],
 )
 def test_what_does_not_stack_stays_apart(changes: dict[str, torch.Tensor]) -> None:
     tensors = qkv(**changes)
-    layout = Layout(tensors, [("q+k+v", ("q", "k", "v"))])
+    layout = layout_of(tensors, [("q+k+v", ("q", "k", "v"))])
     flat = memory(layout)
     layout.fill(flat, tensors)
     bound = layout.bind(flat)
@@ -175,71 +178,47 @@ def test_what_does_not_stack_stays_apart(changes: dict[str, torch.Tensor]) -> No
 
 def test_a_group_with_a_missing_member_stays_apart() -> None:
     """Layers without a bias."""
-    assert Layout(qkv(), [("q+x", ("q", "x"))]).bind(memory(Layout(qkv()))).keys() == {"norm", "q", "k", "v"}
+    assert layout_of(qkv(), [("q+x", ("q", "x"))]).bind(memory(layout_of(qkv()))).keys() == {"norm", "q", "k", "v"}
 
 
-# ---- quantized tensors
+def test_members_of_a_kind_stay_apart() -> None:
+    """GGUF's bytes mean something by their type only, which a whole would not have."""
+    tensors = {name: torch.zeros(3, 34, dtype=torch.uint8) for name in "qkv"}
+    kinds = {"q.gguf": "Q8_0"}
+    layout = layout_of(tensors, [("q+k+v", ("q", "k", "v"))], kinds)
+    assert layout.bind(memory(layout)).keys() == {*tensors, "q.gguf"}
+    assert layout.bind(memory(layout))["q.gguf"] == "Q8_0"
+    assert not layout.same_as(layout_of(tensors)), "the same places mean something else"
 
 
-@pytest.mark.parametrize("storage", [INT8, FP8], ids=["int8", "fp8_e4m3fn"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_quantized_tensors_come_out_as_they_went_in(storage: torch.dtype, dtype: torch.dtype) -> None:
-    tensors = {"bias": torch.randn(9).to(dtype), "weight": quantized_weight(torch.randn(9, 7).to(dtype), storage)}
-    layout = Layout(tensors)
+def test_a_span_is_where_a_tensor_stands() -> None:
+    tensors = mixed()
+    layout = layout_of(tensors)
     flat = memory(layout)
-    layout.fill(flat, tensors)
-    weight = layout.bind(flat)["weight"]
-    assert type(weight) is type(tensors["weight"]) and weight.shape == (9, 7) and weight.dtype == dtype
-    for got, expected in zip(inner_tensors(weight), inner_tensors(tensors["weight"]), strict=True):
-        assert got.dtype == expected.dtype and torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
-        assert 0 <= offset(got, flat) < layout.total_bytes and offset(got, flat) % ALIGNED == 0
-    x = torch.randn(2, 7).to(dtype)
-    assert torch.equal(torch.nn.functional.linear(x, weight), torch.nn.functional.linear(x, tensors["weight"]))
-    assert layout.total_bytes < 9 * 7 + 9 * dtype.itemsize * 2 + 4 * ALIGNED, "as small as the 8 bits are"
-
-
-def test_a_quantized_tensor_over_other_bytes_is_another_one() -> None:
-    """One bound tensor serves block after block, as its buffer is filled again."""
-    first, second = (quantized_weight(torch.randn(8, 8), INT8) for _ in range(2))
-    layout = Layout({"weight": first})
-    flat = memory(layout)
-    bound = layout.bind(flat)["weight"]
-    for weight in (first, second, first):
-        layout.fill(flat, {"weight": weight})
-        assert torch.equal(bound.dequantize(), weight.dequantize())
-
-
-def test_taking_apart() -> None:
-    plain = torch.randn(2, 3)
-    inner, rebuild = take_apart(plain)
-    assert inner == [plain] and rebuild(iter(inner)) is plain
-    weight = quantized_weight(torch.randn(4, 4), INT8)
-    inner, rebuild = take_apart(weight)
-    assert len(inner) >= 2 and not any(hasattr(piece, "__tensor_flatten__") for piece in inner)
-    assert torch.equal(rebuild(iter([piece.clone() for piece in inner])).dequantize(), weight.dequantize())
+    flat[layout.span("odd")].copy_(tensors["odd"].view(torch.uint8))
+    assert torch.equal(layout.view(flat, "odd"), tensors["odd"])
 
 
 # ---- a real block
 
 
-@pytest.mark.parametrize("precision", [Precision(F32, F32), Precision(BF16, BF16), Precision(BF16, INT8)], ids=str)
+@pytest.mark.parametrize("precision", [Precision(F32, F32), Precision(BF16, BF16), Precision(BF16, INT8), Precision(F32, FP8)], ids=str)
 def test_all_blocks_of_an_expert_lie_alike(tiny_checkpoint: Path, precision: Precision) -> None:
-    """Else one buffer could not serve them all; and plain projections of one input are one matrix."""
+    """So that one set of views serves them all; and projections of one input are one matrix, in few bits too."""
     expert = Expert("high noise expert", open_diffusers_folder(tiny_checkpoint).experts[HIGH_NOISE], precision)
     loose = Expert("high noise expert", open_diffusers_folder(tiny_checkpoint).experts[HIGH_NOISE], precision)
     for part in ("blocks.0", "blocks.3"):
         expert.bring(part, CPU, CPU, packed=True)
         loose.bring(part, CPU, CPU)
         assert expert.packed(part) is not None and loose.packed(part) is None
-        assert expert.block_layout(part).same_as(expert.block_layout("blocks.0"))
-        assert expert.block_layout(part).same_as(Layout(loose.block_weights(part), TOGETHER))
+        assert expert.layout(part) is expert.layout("blocks.0")
         weights, plain = expert.block_weights(part), loose.block_weights(part)
         for name, tensor in plain.items():
-            pairs = zip(inner_tensors(weights[name]), inner_tensors(tensor), strict=True)
-            assert all(torch.equal(a, b) for a, b in pairs), name
+            assert torch.equal(weights[name], tensor), name
         for names in (QKV, TEXT_KV):
-            assert (f"{fused_name(names)}.weight" in weights) == (not precision.quantized)
-            assert f"{fused_name(names)}.bias" in weights
+            for kind in ("weight", "bias", *(["weight_scale"] if precision.quantized else [])):
+                whole = weights[f"{fused_name(names)}.{kind}"]
+                assert torch.equal(whole, torch.cat([plain[f"{name}.{kind}"] for name in names]))
 
 
 def test_one_piece_travels_between_devices(make_checkpoint: Callable[..., Path]) -> None:
@@ -249,7 +228,7 @@ def test_one_piece_travels_between_devices(make_checkpoint: Callable[..., Path])
         expert.bring("blocks.0", CPU, CPU, packed=True)
         before = {name: tensor.clone() for name, tensor in expert.block_weights("blocks.0").items()}
         expert.bring("blocks.0", LAZY, CPU)
-        layout = expert.block_layout("blocks.0")
+        layout = expert.layout("blocks.0")
         assert gpus.live_bytes(0) == layout.total_bytes, "one piece, nothing beside it"
         expert.bring("blocks.0", CPU, CPU)
         assert gpus.live_bytes(0) == 0

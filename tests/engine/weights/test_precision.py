@@ -1,6 +1,5 @@
 """What each weight_dtype means, that plain ones are diffusers' own, and how far the 8-bit ones are from float32."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folde
 from wan_sharded.engine.errors import InvalidRequestError, UnsupportedError
 from wan_sharded.engine.handle import open_model
 from wan_sharded.engine.owner import ModelOwner
+from wan_sharded.engine.transformer.low_precision import quantized_rows, widened_rows
 from wan_sharded.engine.weights.expert import CPU, Expert
-from wan_sharded.engine.weights.precision import Precision, parameter_dtypes, quantizable_weights, resolve_precision
+from wan_sharded.engine.weights.precision import Precision, block_matrices, resolve_precision
 
 F32, F16, BF16, INT8, FP8 = torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn
 
@@ -37,6 +37,11 @@ F32, F16, BF16, INT8, FP8 = torch.float32, torch.float16, torch.bfloat16, torch.
         ("int8", "F16", True, F16, INT8),
         ("fp8_e4m3fn", "F32", True, BF16, FP8),
         ("fp8_e4m3fn", "BF16", False, BF16, FP8),
+        # From files in few bits.
+        ("bf16", "F8_E4M3", True, BF16, BF16),
+        ("fp16", "GGUF:Q4_K", True, F16, F16),
+        ("int8", "F8_E4M3", True, BF16, INT8),
+        ("int8", "GGUF:Q8_0", False, F32, INT8),
     ],
 )
 def test_what_a_choice_means(choice: str, stored: str, on_gpu: bool, dtype: torch.dtype, storage: torch.dtype) -> None:
@@ -45,7 +50,16 @@ def test_what_a_choice_means(choice: str, stored: str, on_gpu: bool, dtype: torc
     assert bool(notes) == (choice == "default" and stored == "F32" and on_gpu), "what was not asked for is said"
 
 
+@pytest.mark.parametrize("stored", ["F8_E4M3", "F8_E5M2", "I8", "GGUF:Q4_K"])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_few_bits_stay_as_they_are(stored: str, on_gpu: bool) -> None:
+    compute = BF16 if on_gpu else F32
+    assert resolve_precision("default", stored, on_gpu=on_gpu) == (Precision(compute, compute, as_stored=stored), ())
+
+
 def test_names_for_people() -> None:
+    assert str(Precision(BF16, BF16, "F8_E4M3")) == "fp8_e4m3fn (computing in bf16)"
+    assert str(Precision(BF16, BF16, "GGUF:Q4_K")) == "GGUF Q4_K (computing in bf16)"
     assert str(Precision(BF16, INT8)) == "int8 (computing in bf16)"
     assert str(Precision(BF16, FP8)) == "fp8_e4m3fn (computing in bf16)"
     assert str(Precision(F16, F16)) == "fp16"
@@ -54,21 +68,8 @@ def test_names_for_people() -> None:
 def test_unknown_choices() -> None:
     with pytest.raises(InvalidRequestError, match="weight_dtype is 'fp4'; choose one of default, bf16"):
         resolve_precision("fp4", "BF16", on_gpu=True)
-    with pytest.raises(UnsupportedError, match="stored as F8_E4M3, which this version does not read. Use a bf16"):
-        resolve_precision("default", "F8_E4M3", on_gpu=True)
-
-
-def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It needs a version that suits torch, so it may be there and not import."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(UnsupportedError) as caught:
-        resolve_precision("int8", "BF16", on_gpu=True)
-    message = str(caught.value)
-    assert "weight_dtype int8 needs the package torchao" in message
-    assert torch.__version__ in message and "pip install torchao" in message and "choose bf16" in message
-    assert resolve_precision("bf16", "BF16", on_gpu=True), "the rest works without it"
+    with pytest.raises(UnsupportedError, match="stored as F4, which this version does not read. Use a bf16"):
+        resolve_precision("default", "F4", on_gpu=True)
 
 
 def load(checkpoint: Path, precision: Precision) -> Expert:
@@ -113,20 +114,49 @@ def test_how_far_eight_bits_are(make_checkpoint: Callable[..., Path], storage: t
 def test_eight_bits_take_half(make_checkpoint: Callable[..., Path], storage: torch.dtype) -> None:
     checkpoint = make_checkpoint(num_heads=8)
     block = "blocks.0"
-    sizes = {kept: load(checkpoint, Precision(BF16, kept)).part_bytes(block) for kept in (BF16, storage)}
+    experts = {kept: load(checkpoint, Precision(BF16, kept)) for kept in (BF16, storage)}
+    sizes = {kept: expert.part_bytes(block) for kept, expert in experts.items()}
     assert sizes[storage] < 0.6 * sizes[BF16]
-    weight = load(checkpoint, Precision(BF16, storage)).model.blocks[0].attn1.to_q.weight
-    inside = [getattr(weight.data, name) for name in weight.data.__tensor_flatten__()[0]]
-    assert sum(tensor.numel() * tensor.itemsize for tensor in inside) < 0.6 * weight.numel() * 2
+    held = sum(t.numel() * t.itemsize for t in experts[storage].block_weights(block).values())
+    assert held <= sizes[storage] <= held + 16 * len(experts[storage].block_weights(block)), "what is said is what is held"
 
 
 def test_only_the_blocks_are_quantized(tiny_checkpoint: Path) -> None:
     model = load(tiny_checkpoint, Precision(BF16, INT8)).model
-    names = quantizable_weights(model)
-    assert names == {n for n, p in model.named_parameters() if n.startswith("blocks.") and n.endswith(".weight") and p.ndim == 2}
-    dtypes = parameter_dtypes(model, Precision(BF16, INT8))
+    plain = load(tiny_checkpoint, Precision(BF16, BF16)).model
+    names = block_matrices(model)
+    assert names == {n for n, p in plain.named_parameters() if n.startswith("blocks.") and n.endswith(".weight") and p.ndim == 2}
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if not name.endswith("weight_scale")}
     assert {dtypes[name] for name in names} == {INT8}
     assert {dtype for name, dtype in dtypes.items() if name not in names} == {BF16, F32}
+
+
+# ---- scaled rows
+
+
+@pytest.mark.parametrize(("storage", "bound"), [(INT8, 0.5 / 127), (FP8, 1 / 16), (torch.float8_e5m2, 1 / 8)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_rows_of_any_size_keep_their_values(storage: torch.dtype, bound: float, dtype: torch.dtype) -> None:
+    """Rows that differ a million times in size, one of zeros, one of a single large value."""
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(2)) * torch.logspace(-3, 3, 64)[:, None]
+    weight[5] = 0
+    weight[7, 1:] *= 1e-4
+    weight = weight.to(dtype)
+    before = weight.clone()
+    values, scale = quantized_rows(weight, storage)
+    assert torch.equal(weight, before), "the caller's is not touched"
+    assert values.dtype == storage and scale.dtype == F32 and scale.shape == (64, 1)
+    wide = widened_rows(values, scale, F32)
+    assert bool(torch.isfinite(wide).all()) and not wide[5].any()
+    largest = weight.float().abs().amax(dim=1, keepdim=True)
+    # int8 is as coarse everywhere; float8 as coarse as the value is large, and as its smallest number.
+    allowed = largest * bound if storage == INT8 else weight.float().abs() * bound + largest * 2**-14
+    assert bool(((wide - weight.float()).abs() <= allowed * 1.01).all())
+
+
+def test_widening_rounds_once() -> None:
+    values, scale = quantized_rows(torch.randn(8, 32, generator=torch.Generator().manual_seed(4)), INT8)
+    assert torch.equal(widened_rows(values, scale, BF16), (values.double() * scale.double()).to(F32).to(BF16))
 
 
 @pytest.mark.parametrize("weight_dtype", ["int8", "fp8_e4m3fn"])
