@@ -26,12 +26,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
-from random_expert import diffusers_model, random_expert, random_inputs  # noqa: E402
+from random_expert import diffusers_model, random_expert, random_inputs, random_lora  # noqa: E402
 from record import Row, record  # noqa: E402
 from wan_sharded.engine.parallel.crew import Crew, Share  # noqa: E402
 from wan_sharded.engine.parallel.forward import ParallelForward  # noqa: E402
 from wan_sharded.engine.parallel.functions import BlockFunctions, can_compile  # noqa: E402
 from wan_sharded.engine.parallel.workers import Worker, new_stream  # noqa: E402
+from wan_sharded.engine.weights.precision import Precision  # noqa: E402
 
 GIB = 1024**3
 CPU = torch.device("cpu")
@@ -120,15 +121,24 @@ def sharded_row(
     reference: list[torch.Tensor] | None = None,
     range_tokens: int = 1 << 30,
     expert=None,
+    precision: Precision | None = None,
+    multiply_few_bits: bool | None = False,
+    lora_rank: int = 0,
 ) -> Row:
     """This pack with these workers; blocks live on their devices in turn, or where ``homes`` says."""
-    row = Row(case, what, len({w.device for w in workers}), "bf16")
+    row = Row(case, what, len({w.device for w in workers}), str(precision or "bf16").split()[0])
     crew = forward = None
     try:
-        expert = expert or random_expert(torch.device("cuda:0"), num_layers=layers)
+        expert = expert or random_expert(torch.device("cuda:0"), num_layers=layers, precision=precision)
+        if lora_rank:
+            expert.use_loras([random_lora(expert, lora_rank)])
         homes = homes or [w.device for w in workers]
         place(expert, homes, workers[0].device)
-        crew = Crew([Share(worker, 1.0, range_tokens=range_tokens) for worker in workers], workers[0], staged=staged)
+        crew = Crew(
+            [Share(worker, 1.0, range_tokens=range_tokens, multiply_few_bits=multiply_few_bits) for worker in workers],
+            workers[0],
+            staged=staged,
+        )
         functions = BlockFunctions(expert.math)
         forward = ParallelForward(expert, crew, functions, forwards_left=lambda: 10**6 if compiled else 0)
         began = time.perf_counter()
@@ -142,7 +152,8 @@ def sharded_row(
         row.rel_err = relative(outputs, reference)
         shares = "/".join(str(t.tokens) for t in forward.timings)
         busy = "/".join(f"{t.seconds * 1e3:.1f}" for t in forward.timings)
-        row.note = f"{'compiled' if functions.compiled else 'eager'}; first {first:.1f} s; queued in {queued:.2f} s; tokens {shares}, busy {busy} ms a block"
+        chosen = "" if multiply_few_bits is not None else f"few bits multiplied: {crew.shares[0].multiply_few_bits}; "
+        row.note = f"{chosen}{'compiled' if functions.compiled else 'eager'}; first {first:.1f} s; queued in {queued:.2f} s; tokens {shares}, busy {busy} ms a block"
         if functions.failure:
             row.note += f"; compiling failed: {functions.failure[:150]}"
     except Exception as error:

@@ -3,22 +3,22 @@
 Weights follow from their names, so that every process and device draws the same ones.
 """
 
-import json
-import tempfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
-from wan_sharded.engine.checkpoints.diffusers_folder import ComponentFiles
-from wan_sharded.engine.checkpoints.safetensors_header import TensorEntry
-from wan_sharded.engine.weights import expert as expert_module
+from wan_sharded.engine.checkpoints.lora import LoraChoice, LoraFile, LowRank
+from wan_sharded.engine.checkpoints.stored import ComponentFiles, StoredTensor
 from wan_sharded.engine.weights.expert import Expert
 from wan_sharded.engine.weights.precision import Precision
+from wan_sharded.engine.weights.reading import TensorReader
 
 WAN_14B = {"in_channels": 36, "out_channels": 16, "text_dim": 4096}
+NOWHERE = Path("drawn")
 
 
 def draw(name: str, shape: Any, device: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -34,27 +34,47 @@ def draw(name: str, shape: Any, device: Any, dtype: torch.dtype) -> torch.Tensor
     return values.to(torch.bfloat16).to(dtype)  # the same numbers in every precision
 
 
+class DrawnReader(TensorReader):
+    """In the place of files."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._device = device
+
+    def mapped(self, stored: StoredTensor) -> torch.Tensor:
+        return draw(stored.key, stored.shape, self._device, torch.bfloat16).cpu()
+
+    def on_device(self, stored: StoredTensor, device: torch.device) -> torch.Tensor:
+        return draw(stored.key, stored.shape, self._device, torch.bfloat16).to(device)
+
+    def read_into(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> None:
+        for stored, target in wanted:
+            target.copy_(draw(stored.key, stored.shape, self._device, torch.bfloat16).reshape(-1).view(torch.uint8))
+
+
+def drawn(name: str, shape: Any) -> StoredTensor:
+    return StoredTensor(NOWHERE, name, "BF16", tuple(shape), 0, 2 * torch.Size(shape).numel())
+
+
 def random_expert(device: torch.device, *, num_layers: int = 40, precision: Precision | None = None, **changes: Any) -> Expert:
     """This pack's expert, its weights nowhere yet; ``bring`` draws them on ``device``."""
-    folder = Path(tempfile.mkdtemp()) / "transformer"
-    folder.mkdir()
-    config = {"_class_name": "WanTransformer3DModel", **WAN_14B, "num_layers": num_layers, **changes}
-    (folder / "config.json").write_text(json.dumps(config))
+    config = {**WAN_14B, "num_layers": num_layers, **changes}
     with init_empty_weights():
-        model = WanTransformer3DModel(**{**WAN_14B, "num_layers": num_layers, **changes})
-    tensors = {name: (folder / "drawn", TensorEntry("BF16", tuple(p.shape))) for name, p in model.named_parameters()}
+        model: Any = WanTransformer3DModel(**config)
+    tensors = {name: drawn(name, p.shape) for name, p in model.named_parameters()}
+    files = ComponentFiles("random/transformer", dict(model.config), tensors)
+    return Expert("random expert", files, precision or Precision(torch.bfloat16, torch.bfloat16), reader=DrawnReader(device))
 
-    class Drawn:
-        """In the place of a safetensors file."""
 
-        def __init__(self, *_: Any, **__: Any):
-            pass
-
-        def get_tensor(self, name: str) -> torch.Tensor:
-            return draw(name, tensors[name][1].shape, device, torch.bfloat16)
-
-    expert_module.safe_open = Drawn  # this process only measures
-    return Expert("random expert", ComponentFiles(folder, tensors), precision or Precision(torch.bfloat16, torch.bfloat16))
+def random_lora(expert: Expert, rank: int = 64, strength: float = 1.0) -> LoraChoice:
+    """A LoRA for all of the blocks' matrices, as the 4-step ones are."""
+    matrices = [name for name in expert.files.tensors if name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name]
+    shapes = {name.removesuffix(".weight"): expert.files.tensors[name].shape for name in matrices}
+    pairs = {
+        name: LowRank(drawn(f"{name}.down", (rank, shape[1])), drawn(f"{name}.up", (shape[0], rank)), 0.125)
+        for name, shape in shapes.items()
+    }
+    return LoraChoice(LoraFile(NOWHERE, "random", pairs, {}), strength)
 
 
 def diffusers_model(device: Any, *, num_layers: int = 40, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:

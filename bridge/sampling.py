@@ -80,7 +80,7 @@ def sample_i2v(
     memory.register(device.torch_device for device in machine.devices if handle.max_memory_gib.get(device.index, 0) >= 0)
     progress = RunProgress(node_id, steps)
     result = IMAGE_TO_VIDEO(handle, request, progress.callbacks, vae=vae, reserved_bytes=memory.reserved_bytes())
-    show_on_node(handle.node_id, result.placement)
+    show_on_node(handle.node_id, "\n".join((*handle.model.notes, result.placement)))
     text = "\n".join((*notes, *result.notes))
     for line in (*result.placement.splitlines(), *notes, *result.notes):
         logger.info("Wan I2V Sampler: %s", line)

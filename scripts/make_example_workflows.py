@@ -26,6 +26,17 @@ from setup_env import ROOT
 
 FOLDER = ROOT / "example_workflows"
 MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+# Files of ComfyUI's own Wan 2.2 template: folder in models -> names -> repository; and where in a repository each folder is.
+_WAN21, _WAN22 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
+HIGH, LOW = (f"wan2.2_i2v_{level}_noise_14B_fp8_scaled.safetensors" for level in ("high", "low"))
+HIGH_LORA, LOW_LORA = (f"wan2.2_i2v_lightx2v_4steps_lora_v1_{level}_noise.safetensors" for level in ("high", "low"))
+UMT5, VAE = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan_2.1_vae.safetensors"
+MODEL_FILES = {
+    "diffusion_models": {HIGH: _WAN22, LOW: _WAN22},
+    "text_encoders": {UMT5: _WAN21},
+    "vae": {VAE: _WAN22},
+    "loras": {HIGH_LORA: _WAN22, LOW_LORA: _WAN22},
+}
 PROMPT = "The camera slowly moves closer. Gentle, natural motion, soft cinematic light."
 THUMBNAIL_WIDTH = 768
 THUMBNAIL_MAX_BYTES = 100_000
@@ -51,10 +62,31 @@ NOTE_FIRST_LAST = """## Two photos become a video
 
 Out of memory on a GPU? Lower its slider. 0 is automatic, -1 leaves the GPU out."""
 
+NOTE_4_STEPS = """## A video in four steps
+
+With the files of ComfyUI's own Wan 2.2 I2V template. ComfyUI offers to download those that are missing; they belong into
+
+- `models/diffusion_models`: both experts
+- `models/loras`: both LoRAs
+- `models/text_encoders` and `models/vae`
+
+1. Choose a photo in **Photo**.
+2. Describe in **positive** what should happen.
+3. Press **Run**.
+
+The LoRAs are made for 4 steps at **cfg** 1 with *euler*, the experts changing after 2. Without the LoRA node: 20 steps, **cfg** 3.5, **switch_step** 10.
+
+Other files, also GGUF? Choose them in the loader.
+
+Out of memory on a GPU? Lower its slider. 0 is automatic, -1 leaves the GPU out."""
+
 
 @dataclass(frozen=True)
 class Node:
-    """One node of an example: where it stands, what differs from its defaults, and what its inputs are linked to."""
+    """One node of an example: where it stands, what differs from its defaults, what its inputs are linked to, and whose files it needs.
+
+    ``models`` names folders of :data:`MODEL_FILES`; the frontend offers to download what is missing there.
+    """
 
     type: str
     pos: tuple[int, int]
@@ -62,6 +94,16 @@ class Node:
     title: str = ""
     values: dict[str, Any] = field(default_factory=dict[str, Any])
     links: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+    models: tuple[str, ...] = ()
+
+    def described(self) -> dict[str, Any]:
+        """For the page; ``models`` as the frontend wants them in a node's properties."""
+        files = [(folder, name, repository) for folder in self.models for name, repository in MODEL_FILES[folder].items()]
+        models = [
+            {"name": name, "url": f"https://huggingface.co/{repository}/resolve/main/split_files/{folder}/{name}", "directory": folder}
+            for folder, name, repository in files
+        ]
+        return {**vars(self), "models": models}
 
 
 def example(first_title: str, note: str, last_frame: bool) -> dict[str, Node]:
@@ -80,9 +122,27 @@ def example(first_title: str, note: str, last_frame: bool) -> dict[str, Node]:
     return nodes
 
 
+def four_steps() -> dict[str, Node]:
+    """ComfyUI's single files, with the LoRAs for 4 steps."""
+    files = {"model": "single files", "high_noise_model": HIGH, "low_noise_model": LOW, "text_encoder": UMT5, "vae": VAE}
+    loras = {"high_noise_lora": HIGH_LORA, "low_noise_lora": LOW_LORA}
+    values = {"positive": PROMPT, "width": 640, "height": 640, "steps": 4, "cfg": 1, "sampler_name": "euler", "switch_step": 2}
+    sampler_links = {"model": ("lora", "model"), "image": ("image", "IMAGE")}
+    loaded = ("diffusion_models", "text_encoders", "vae")
+    return {
+        "loader": Node("WanShardedLoader", (40, 60), (420, 560), values=files, models=loaded),
+        "image": Node("LoadImage", (520, 490), (380, 340), "Photo", {"image": "wan_sharded_example.jpg"}),
+        "lora": Node("WanShardedLora", (520, 60), (380, 340), values=loras, links={"model": ("loader", "model")}, models=("loras",)),
+        "sampler": Node("WanShardedI2VSampler", (960, 60), (420, 880), values=values, links=sampler_links),
+        "export": Node("WanShardedVideoExport", (1440, 60), (420, 480), links={"images": ("sampler", "frames")}),
+        "note": Node("MarkdownNote", (40, 700), (420, 360), "How to use", values={"": NOTE_4_STEPS}),
+    }
+
+
 EXAMPLES = {
     "wan_i2v": example("Photo", NOTE_I2V, last_frame=False),
     "wan_first_last_frame": example("First frame", NOTE_FIRST_LAST, last_frame=True),
+    "wan_i2v_lightx2v_4steps": four_steps(),
 }
 
 BUILD = """async ([workflowId, nodes]) => {
@@ -93,6 +153,7 @@ BUILD = """async ([workflowId, nodes]) => {
         const node = made[name] = LiteGraph.createNode(spec.type);
         app.graph.add(node);
         if (spec.title) node.title = spec.title;
+        if (spec.models.length) node.properties.models = spec.models;
         for (const [widgetName, value] of Object.entries(spec.values)) {
             const widget = node.widgets.find((w) => w.name === widgetName) ?? node.widgets[0];
             widget.value = value;
@@ -154,7 +215,7 @@ def write_examples(page: Page) -> None:
     (FOLDER / "api").mkdir(parents=True, exist_ok=True)
     for number, (name, nodes) in enumerate(EXAMPLES.items(), start=1):
         workflow_id = f"00000000-0000-4000-8000-{number:012d}"
-        saved = json.loads(page.evaluate(BUILD, [workflow_id, {key: vars(node) for key, node in nodes.items()}]))
+        saved = json.loads(page.evaluate(BUILD, [workflow_id, {key: node.described() for key, node in nodes.items()}]))
         (FOLDER / f"{name}.json").write_text(as_json(saved["workflow"]), encoding="utf-8")
         (FOLDER / "api" / f"{name}.json").write_text(as_json(saved["output"]), encoding="utf-8")
         (FOLDER / f"{name}.jpg").write_bytes(thumbnail(page))
@@ -168,6 +229,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as base:
         link_pack(Path(base, "custom_nodes"))
         shutil.copytree(FOLDER / "input", Path(base, "input"))
+        for folder, names in MODEL_FILES.items():
+            for name in names:  # only to be choices
+                file = Path(base, "models", folder, name)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
         with ComfyServer(Path(base), environment={"CUDA_VISIBLE_DEVICES": ""}) as server, open_browser(arguments.browser) as browser:
             tab = ComfyPage(browser, server.url, settings=SETTINGS)
             tab.open()

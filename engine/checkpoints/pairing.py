@@ -55,12 +55,10 @@ def partner(name: str, choices: Sequence[str]) -> str | None:
     level = noise_level(name)
     if level is None:
         return None
-    parts = _path(name)
-    everywhere = [_swapped(part, level) for part in parts]
-    for wanted in (everywhere, [*parts[:-1], everywhere[-1]], [*everywhere[:-1], parts[-1]]):
-        found = [choice for choice in choices if _path(choice) == wanted]
-        if found and wanted != parts:
-            return found[0]
+    exact = [_swapped(part, level) for part in _path(name)]
+    found = [choice for choice in choices if _path(choice) == exact]
+    if found:
+        return found[0]
     others = [choice for choice in choices if noise_level(choice) == _OTHER[level]]
     alike: tuple[Callable[[str], str], ...] = (_levelless, lambda choice: _levelless(_path(choice)[-1]))
     for same in alike:

@@ -92,7 +92,9 @@ def open_umt5_file(path: Path) -> Umt5File:
     tensors = {name: replace(stored[name], scale=_scale(path.name, name, stored)) for name in expected}
     tokenizer = stored.get(_TOKENIZER)
     if tokenizer is not None and (tokenizer.dtype != "U8" or len(tokenizer.shape) != 1):
-        raise CheckpointError(f"{path.name}: tensor {_TOKENIZER}, its tokenizer, is {tokenizer.dtype} {list(tokenizer.shape)}. Download it again.")
+        raise CheckpointError(
+            f"{path.name}: tensor {_TOKENIZER}, its tokenizer, is {tokenizer.dtype} {list(tokenizer.shape)}. Download it again."
+        )
     return Umt5File(path, tensors, config, tokenizer)
 
 

@@ -84,7 +84,9 @@ def _refusal(name: str, stored: Mapping[str, StoredTensor]) -> CheckpointError:
         what = "a VAE inside a larger file"
     elif kind != NOT_WAN:
         what = kind.what
-    return CheckpointError(f"{name} {f'is {what}' if what else 'holds no VAE that is known here'}, not Wan 2.1's VAE in one file. {CHOOSE_VAE}")
+    return CheckpointError(
+        f"{name} {f'is {what}' if what else 'holds no VAE that is known here'}, not Wan 2.1's VAE in one file. {CHOOSE_VAE}"
+    )
 
 
 def _config(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:

@@ -42,12 +42,15 @@ class Share:
         speed: in any unit, relative to the others'.
         most: the largest fraction of the tokens its memory was planned for.
         range_tokens: how many tokens it works on at a time; 0 = as the memory plan has it.
+        multiply_few_bits: whether it multiplies int8 or float8 weights as they are, rounding activations too; ``None`` = to be decided
+            by measuring.
     """
 
     worker: Worker
     speed: float
     most: float = 1.0
     range_tokens: int = 0
+    multiply_few_bits: bool | None = None
 
 
 @dataclass

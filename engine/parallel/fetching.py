@@ -6,6 +6,7 @@ the other.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,30 +47,33 @@ class Fetcher:
         layouts: of every remote block in a buffer.
         slots: the buffers; shared with the other expert's fetcher, never at the same time.
         link_from: the link from a device to this worker.
-        multiply_few_bits: whether the worker multiplies int8 or float8 weights as they are (wan_block.py).
     """
 
     def __init__(
         self,
         worker: Worker,
-        local: Mapping[int, Mapping[str, torch.Tensor]],
+        local: Mapping[int, Mapping[str, Any]],
         remote: Mapping[int, Source],
         layouts: Mapping[int, Layout],
         slots: list[Slot],
         link_from: Callable[[torch.device], Link],
-        *,
-        multiply_few_bits: bool = False,
     ):
-        flags = {"multiply_few_bits": True} if multiply_few_bits else {}
         self._worker, self._remote, self._layouts, self._slots = worker, remote, layouts, slots
-        self._local = {number: {**weights, **flags} for number, weights in local.items()}
+        self._local: dict[int, dict[str, Any]] = {number: dict(weights) for number, weights in local.items()}
         self._links = {source.device: link_from(source.device) for source in remote.values()}
         # Blocks that lie alike share the views.
-        self._bound = [{layout: {**layout.bind(slot.flat[: layout.total_bytes]), **flags} for layout in set(layouts.values())} for slot in slots]
+        self._bound = [{layout: layout.bind(slot.flat[: layout.total_bytes]) for layout in set(layouts.values())} for slot in slots]
         self._order = sorted(remote)
         self._started = 0
         self._arriving: dict[int, tuple[int, Mark]] = {}
         self._in_use: dict[int, int] = {}
+
+    def multiply_few_bits(self, wanted: bool) -> None:
+        """Have the worker multiply int8 or float8 weights as they are, or widen them first (wan_block.py)."""
+        for weights in (*self._local.values(), *(bound for slot in self._bound for bound in slot.values())):
+            weights.pop("multiply_few_bits", None)
+            if wanted:
+                weights["multiply_few_bits"] = True
 
     def begin(self) -> None:
         """Start a forward: the first blocks set out."""
@@ -96,7 +100,7 @@ class Fetcher:
             arrived = self._worker.mark()
         self._arriving[block] = (slot_number, arrived)
 
-    def weights(self, block: int) -> Mapping[str, torch.Tensor]:
+    def weights(self, block: int) -> Mapping[str, Any]:
         """The block's weights; the worker's later work waits until they are there."""
         if block in self._local:
             return self._local[block]

@@ -5,25 +5,34 @@ pieces, and keeps the shares right: the first blocks of the first forward are ti
 the ones before them.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
+from .. import probe
 from ..planning.shares import better_speeds
 from ..weights.expert import Expert
 from .blocks import BlockLoop
-from .crew import Crew
+from .crew import Crew, Share
 from .ends import Ends
 from .fetching import Fetcher, Source
 from .functions import BlockFunctions, pays_off
 from .state import State, Timing, busy_seconds
 from .workers import Worker
 
+logger = logging.getLogger(__name__)
+
 # Blocks whose work is timed: the first ones to share the tokens out, later every so many to keep the shares right.
 CALIBRATION_BLOCKS = 2
 TIMED_EVERY = 5
+# How far from widening a weight its product in few bits may be, relative to what the blocks add: about twice what was measured with
+# random weights (benchmarks/precision.py), and as much as the weights' own rounding changes.
+FEW_BITS_ERROR = {torch.float8_e4m3fn: 0.05, torch.int8: 0.02}
+# And how much faster it must be.
+FASTER_BY = 0.97
 
 
 class ParallelForward:
@@ -52,7 +61,8 @@ class ParallelForward:
         self._forwards_left, self._on_stage = forwards_left, on_stage
         blocks: Any = expert.model.blocks
         self._block_count = len(blocks)
-        self._ends = Ends(expert, crew, [self._fetcher(worker) for worker in crew.workers])
+        self._fetchers = [self._fetcher(worker) for worker in crew.workers]
+        self._ends = Ends(expert, crew, self._fetchers)
         self._blocks = BlockLoop(crew, functions, check_cancelled)
         self.timings: list[Timing] = []
         self._timed: list[Worker] = []
@@ -71,16 +81,9 @@ class ParallelForward:
                 layouts[number] = expert.layout(part)
         largest = max((layout.total_bytes for layout in layouts.values()), default=0)
         slots = crew.slots(worker, largest) if remote else []
-        share = next(share for share in crew.shares if share.worker is worker)
-        return Fetcher(
-            worker,
-            local,
-            remote,
-            layouts,
-            slots,
-            lambda source: crew.link("weights", source, worker),
-            multiply_few_bits=share.multiply_few_bits,
-        )
+        fetcher = Fetcher(worker, local, remote, layouts, slots, lambda source: crew.link("weights", source, worker))
+        fetcher.multiply_few_bits(any(share.multiply_few_bits for share in crew.shares if share.worker is worker))
+        return fetcher
 
     def latest_timings(self) -> dict[int, Timing]:
         """Device index -> what was timed of it in the latest forward."""
@@ -138,26 +141,79 @@ class ParallelForward:
         self._time_blocks(given)
         if self._consider_compiling() or self._functions.compiled:
             self._time_blocks(given)
+        able = [share for share in self._crew.shares if self._may_multiply_few_bits(share)]
+        if able and (not self._functions.compiled or self._pays_to_compile()):
+            self._decide_on_few_bits(able, given)
 
     def _consider_compiling(self) -> bool:
         """Compile from here on if that pays by what was timed; whether it is so now."""
         functions = self._functions
         if not self.timings or not functions.may_compile:
             return False
-        seconds = max(timing.seconds for timing in self.timings) * self._block_count
-        if not pays_off(seconds, self._forwards_left(), len({worker.device for worker in self._crew.workers})):
+        if not self._pays_to_compile():
             return False
         self._on_stage("Compiling the blocks")
         functions.compile()
         return functions.compiled
 
+    def _pays_to_compile(self) -> bool:
+        seconds = max(timing.seconds for timing in self.timings) * self._block_count
+        return pays_off(seconds, self._forwards_left(), len({worker.device for worker in self._crew.workers}))
+
     def _time_blocks(self, given: list[torch.Tensor | None]) -> None:
         """Compute the first blocks for nothing but the last one's times."""
+        self._learn(self._first_blocks(given)[0])
+
+    def _first_blocks(self, given: list[torch.Tensor | None]) -> tuple[list[State], list[torch.Tensor]]:
+        """Compute the first blocks, the last of them timed; the states, and what the blocks added to some of each worker's tokens."""
         blocks = range(min(CALIBRATION_BLOCKS, self._block_count))
         states = self._ends.hand_out(given)
+        before = [_some_tokens(state) for state in states]
         self._blocks.run(states, blocks, timed=blocks[-1:])
+        added = [_some_tokens(state) - entered for state, entered in zip(states, before, strict=True)]
         self._crew.settle()
-        self._learn(states)
+        for state in states:
+            state.forget_tensors()
+        return states, added
+
+    # ---- weights in few bits
+
+    def _may_multiply_few_bits(self, share: Share) -> bool:
+        if share.multiply_few_bits is not None:
+            return False
+        dtypes = {tensor.dtype for name, tensor in self._expert.block_weights("blocks.0").items() if name.endswith(".weight")}
+        return any(dtype in FEW_BITS_ERROR and probe.multiplies_few_bits(share.worker.device, dtype) for dtype in dtypes)
+
+    def _decide_on_few_bits(self, able: list[Share], given: list[torch.Tensor | None]) -> None:
+        """Let a worker multiply weights of few bits as they are where that is faster, and as near to widening them as it must be.
+
+        Measured on the first blocks of this run, with its own activations: what rounding them costs depends on the model.
+        """
+        weights = self._expert.block_weights("blocks.0")
+        allowed = max(FEW_BITS_ERROR[t.dtype] for name, t in weights.items() if name.endswith(".weight") and t.dtype in FEW_BITS_ERROR)
+        self._set_few_bits(able, True)
+        self._first_blocks(given)  # compiled anew for this, maybe
+        quick_states, quick = self._first_blocks(given)
+        self._set_few_bits(able, False)
+        plain_states, plain = self._first_blocks(given)
+        better: list[Share] = []
+        for one, other, added, expected in zip(quick_states, plain_states, quick, plain, strict=True):
+            error = float((added - expected).norm() / expected.norm())
+            faster = busy_seconds(one.timed) < busy_seconds(other.timed) * FASTER_BY
+            logger.info(
+                "GPU %d: products of few bits take %.1f ms a block instead of %.1f, error %.1e",
+                one.worker.index, busy_seconds(one.timed) * 1e3, busy_seconds(other.timed) * 1e3, error,
+            )  # fmt: skip
+            if any(one.share is share for share in able) and faster and error <= allowed:
+                better.append(one.share)
+        self._set_few_bits(better, True)
+        self._time_blocks(given)
+
+    def _set_few_bits(self, shares: Sequence[Share], wanted: bool) -> None:
+        for share, fetcher in zip(self._crew.shares, self._fetchers, strict=True):
+            if any(share is one for one in shares):
+                share.multiply_few_bits = wanted
+                fetcher.multiply_few_bits(wanted)
 
     def _learn_from_last(self) -> None:
         """What the last forward took; only now, so that its end was not waited for."""
@@ -178,3 +234,9 @@ class ParallelForward:
         speeds = better_speeds([t.tokens for t in self.timings], [t.seconds for t in self.timings], [s.most for s in shares])
         for share, speed in zip(shares, speeds or (), strict=False):
             share.speed = speed
+
+
+def _some_tokens(state: State) -> torch.Tensor:
+    """A thousand of a worker's tokens, spread evenly, on the host: float32 [B, some, D]."""
+    with state.worker.computing():
+        return state.x[:, :: max(1, state.count // 1024)].float().cpu()

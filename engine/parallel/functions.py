@@ -39,6 +39,17 @@ def pays_off(seconds_per_forward: float, forwards: int, devices: int) -> bool:
     return seconds_per_forward * forwards * SAVED_SHARE > COMPILE_SECONDS * devices
 
 
+# Of one function: for each device, with and without LoRAs, with weights of either precision.
+VERSIONS = 64
+
+
+def _many_versions() -> Any:
+    """Inside, torch compiles another version where it would give up after its usual eight."""
+    config: Any = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    return config.patch(**{name: VERSIONS})
+
+
 class BlockFunctions:
     """The halves of one kind of block. One compiled version serves all blocks and all sizes.
 
@@ -80,7 +91,8 @@ class BlockFunctions:
     def _call(self, plain: Callable[..., Any], *arguments: Any) -> Any:
         if self.compiled:
             try:
-                return self._compiled[plain.__name__](*arguments)
+                with _many_versions():
+                    return self._compiled[plain.__name__](*arguments)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # compilers raise many kinds, at any new size; the plain functions are what is certain

@@ -114,7 +114,9 @@ def folder_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds; the cause is kept
-        raise CheckpointError(f"The tokenizer in {folder.parent.name}/{folder.name} could not be loaded: {error}. Download it again.") from error
+        raise CheckpointError(
+            f"The tokenizer in {folder.parent.name}/{folder.name} could not be loaded: {error}. Download it again."
+        ) from error
 
 
 def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -182,7 +182,9 @@ def _vae_from_file(path: Path) -> Any:
             # Copies, because the VAE outlives this stage, and the mapped file may be replaced meanwhile.
             weights = {name: opened.get_tensor(stored.key).to(torch.float32, copy=True) for name, stored in file.tensors.items()}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"The VAE {path.name} could not be read ({error}). Was it moved or is it damaged? Download it again.") from error
+        raise CheckpointError(
+            f"The VAE {path.name} could not be read ({error}). Was it moved or is it damaged? Download it again."
+        ) from error
     vae.load_state_dict(weights, assign=True)
     return vae.eval()
 

@@ -103,7 +103,9 @@ class Keeper:
         return [full for full in names if concerns(full, before) or concerns(full, after)]
 
     def _as_stored(self, full: str, form: Form, adapters: Adapters) -> bool:
-        return stored_dtype(self._stored[full]) == form.dtype and not adapters.merged(full)
+        stored = self._stored[full]
+        has_scale = stored.scale is not None and not form.scaled
+        return stored_dtype(stored) == form.dtype and not has_scale and not adapters.merged(full)
 
     # ---- reading
 
@@ -127,10 +129,10 @@ class Keeper:
             convert_on: the device that converts; the work is queued there.
             only_added: read only what stands beside matrices whose own values stay.
         """
-        for step in self._steps(part, names, adapters, only_added=only_added):
-            if step.straight is not None:
-                self.reader.read_into(step.straight, flat[layout.span(step.name)])
-            elif step.made is not None:
+        steps = list(self._steps(part, names, adapters, only_added=only_added))
+        self.reader.read_into([(step.straight, flat[layout.span(step.name)]) for step in steps if step.straight is not None])
+        for step in steps:
+            if step.made is not None:
                 for name, tensor in step.made(convert_on).items():
                     layout.view(flat, name).copy_(tensor, non_blocking=True)
 
@@ -178,6 +180,7 @@ class Keeper:
             return widened_gguf(raw, stored.gguf_type, dtype).view(stored.shape)
         if stored.scale is None:
             return raw.to(dtype)
+        # A scale may stand beside what is wide already, too.
         return widened_rows(raw.flatten(1), self._scale(stored, device), dtype).view(stored.shape)
 
     def _converted(self, full: str, name: str, form: Form, adapters: Adapters, device: torch.device) -> Tensors:

@@ -1,12 +1,15 @@
 """Tensors from checkpoint files to where they are wanted, each once, as the files have them.
 
-To a GPU they go through a few page-locked buffers: while one is copied to the device, several threads fill the next from the file. To
-host memory they are read in place. Nothing is mapped that a GPU waits for: a mapped page that must be fetched costs more than reading.
+Several threads read, piece by piece. To a GPU the pieces go through a ring of small page-locked buffers, so that reading and copying
+overlap; into host memory they are read in place. Nothing is mapped that a GPU waits for: a mapped page that must be fetched costs more
+than reading.
 """
 
 import mmap
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,23 +21,33 @@ from .host_memory import host_buffer
 from .precision import stored_dtype
 
 CPU = torch.device("cpu")
-# One thread does not saturate a fast disk, nor memory; more than these add nothing (benchmarks/loading.py).
-THREADS = 4
-PIECE_BYTES = 16 * 1024**2
-BUFFERS = 3
+# One thread saturates neither a fast disk nor memory (benchmarks/loading.py).
+THREADS = min(8, os.cpu_count() or 1)
+PIECE_BYTES = 8 * 1024**2
+# Pieces that are being read, and as many that are being copied.
+BUFFERS = 2 * THREADS
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a file, and where it goes."""
+
+    path: Path
+    offset: int
+    target: torch.Tensor
 
 
 @dataclass
 class _Buffer:
-    """Page-locked memory, and the copies from it that may still be under way."""
+    """Page-locked memory, and the copy from it that may still be under way."""
 
     memory: torch.Tensor
-    used_until: "list[torch.cuda.Event]" = field(default_factory=list)
+    copied: "torch.cuda.Event | None" = field(default=None)
 
     def wait(self) -> None:
-        for event in self.used_until:
-            event.synchronize()
-        self.used_until.clear()
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
 
 
 class TensorReader:
@@ -57,7 +70,7 @@ class TensorReader:
             self._pool.shutdown()
             self._pool = None
 
-    # ---- one tensor
+    # ---- what is wanted
 
     def mapped(self, stored: StoredTensor) -> torch.Tensor:
         """A tensor on the CPU whose memory is the file's own pages, fetched when touched. Writing to it does not change the file."""
@@ -76,78 +89,83 @@ class TensorReader:
 
     def on_device(self, stored: StoredTensor, device: torch.device) -> torch.Tensor:
         """A copy of a tensor on a device, in the file's dtype; GGUF's bytes as uint8 [out, bytes of a row]."""
-        dtype = stored_dtype(stored)
         if device.type != "cuda":
             return self.mapped(stored).to(device)
         flat = torch.empty(stored.size_bytes, dtype=torch.uint8, device=device)
-        self.read_into(stored, flat)
-        return flat.view(dtype).view(raw_shape(stored))
+        self.read_into([(stored, flat)])
+        return flat.view(stored_dtype(stored)).view(raw_shape(stored))
 
-    def read_into(self, stored: StoredTensor, target: torch.Tensor) -> None:
-        """A tensor's bytes into ``target``, uint8 [size_bytes]. On a GPU they arrive in the order of its current stream."""
-        if stored.size_bytes == 0:
-            return
-        if target.device == CPU:
-            self._read(stored, target)
-        elif target.device.type != "cuda":
-            target.copy_(self.mapped(stored).reshape(-1).view(torch.uint8))
-        else:
-            buffer = self._next_buffer(stored.size_bytes)
-            staged = buffer.memory[: stored.size_bytes]
-            self._read(stored, staged)
-            target.copy_(staged, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record(torch.cuda.current_stream(target.device))
-            buffer.used_until.append(copied)
+    def read_into(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> None:
+        """Tensors' bytes into memory, each uint8 [size_bytes], on one or several devices.
+
+        On the CPU they are there when this returns. On a GPU they arrive in the order of its current stream.
+        """
+        real = [(stored, target) for stored, target in wanted if target.device.type in ("cpu", "cuda")]
+        for stored, target in wanted:
+            if target.device.type not in ("cpu", "cuda"):
+                target.copy_(self.mapped(stored).reshape(-1).view(torch.uint8))
+        self._read_pieces([piece for stored, target in real for piece in _pieces(stored, target)])
 
     # ---- how
 
-    def _next_buffer(self, size_bytes: int) -> _Buffer:
+    def _read_pieces(self, pieces: list[_Piece]) -> None:
+        if len(pieces) == 1 and pieces[0].target.device == CPU:
+            _read(pieces[0].path, pieces[0].offset, pieces[0].target)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="wan-sharded-reader")
+        reading: deque[tuple[Future[None], _Piece, _Buffer | None]] = deque()
+        try:
+            for piece in pieces:
+                if len(reading) >= THREADS:
+                    self._deliver(*reading.popleft())
+                buffer = self._next_buffer() if piece.target.device != CPU else None
+                into = piece.target if buffer is None else buffer.memory[: piece.target.numel()]
+                reading.append((self._pool.submit(_read, piece.path, piece.offset, into), piece, buffer))
+            while reading:
+                self._deliver(*reading.popleft())
+        finally:
+            # No thread may write into memory that is let go.
+            for future, _, _ in reading:
+                future.cancel()
+                future.exception() if not future.cancelled() else None
+
+    @staticmethod
+    def _deliver(future: "Future[None]", piece: _Piece, buffer: _Buffer | None) -> None:
+        """Wait until a piece is read, and send it on."""
+        future.result()
+        if buffer is not None:
+            piece.target.copy_(buffer.memory[: piece.target.numel()], non_blocking=True)
+            buffer.copied = torch.cuda.Event()
+            buffer.copied.record(torch.cuda.current_stream(piece.target.device))
+
+    def _next_buffer(self) -> _Buffer:
         """Room that no copy uses any more."""
         if len(self._buffers) < BUFFERS:
-            self._buffers.append(_Buffer(host_buffer(size_bytes)))
+            self._buffers.append(_Buffer(host_buffer(PIECE_BYTES)))
             self._turn = len(self._buffers) - 1
         else:
             self._turn = (self._turn + 1) % BUFFERS
         buffer = self._buffers[self._turn]
         buffer.wait()
-        if buffer.memory.numel() < size_bytes:
-            buffer.memory = host_buffer(size_bytes)
         return buffer
 
-    def _read(self, stored: StoredTensor, target: torch.Tensor) -> None:
-        memory = target.numpy().data
-        begins = range(0, stored.size_bytes, PIECE_BYTES)
-        if len(begins) == 1:
-            _read_piece(stored.file, stored.offset, memory)
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="wan-sharded-reader")
-        jobs = [self._pool.submit(_read_piece, stored.file, stored.offset + begin, memory[begin : begin + PIECE_BYTES]) for begin in begins]
-        _finish(job.result for job in jobs)
+
+def _pieces(stored: StoredTensor, target: torch.Tensor) -> Iterator[_Piece]:
+    for begin in range(0, stored.size_bytes, PIECE_BYTES):
+        yield _Piece(stored.file, stored.offset + begin, target[begin : begin + PIECE_BYTES])
 
 
-def _finish(results: Iterable[object]) -> None:
-    """Wait for all, and only then raise what one of them raised: no thread may write into memory that is let go."""
-    failure: BaseException | None = None
-    for result in results:
-        try:
-            result()  # type: ignore[operator]
-        except Exception as error:  # raised again below
-            failure = failure or error
-    if failure is not None:
-        raise failure
-
-
-def _read_piece(path: Path, offset: int, target: memoryview) -> None:
+def _read(path: Path, offset: int, target: torch.Tensor) -> None:
+    rest = target.numpy().data
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
-            while target:
-                count = file.readinto(target)
+            while rest:
+                count = file.readinto(rest)
                 if not count:
                     raise _unreadable(path, "it has become shorter")
-                target = target[count:]
+                rest = rest[count:]
     except OSError as error:
         raise _unreadable(path, error) from error
 

@@ -1,7 +1,6 @@
 """The nodes' work with a real ComfyUI's modules: values to a request, core's VAE, cancel, and ComfyUI's memory management. No server."""
 
 import gc
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +16,11 @@ if not torch.cuda.is_available():
 import comfy.model_management as management  # noqa: E402
 import comfy.utils  # noqa: E402
 from diffusers_reference import HostVae  # noqa: E402
-from wan_sharded.bridge import loading, memory  # noqa: E402
+from wan_sharded.bridge import memory  # noqa: E402
 from wan_sharded.bridge.core_vae import CoreVae  # noqa: E402
 from wan_sharded.bridge.sampling import sample_i2v  # noqa: E402
 from wan_sharded.engine import OWNER, ModelHandle, open_model  # noqa: E402
-from wan_sharded.engine.errors import InvalidRequestError, UnsupportedError  # noqa: E402
+from wan_sharded.engine.errors import InvalidRequestError  # noqa: E402
 
 SAMPLER: dict[str, Any] = {
     "node_id": None, "positive": "a boat", "negative": "blurred", "width": 64, "height": 48, "length": 5, "batch_size": 1, "seed": 7,
@@ -228,48 +227,3 @@ def test_our_shares_report_what_is_held(handle: ModelHandle, image: torch.Tensor
     assert share.model_size() == share.loaded_size()
     OWNER.release()
     assert share.loaded_size() == 0 and share.model_size() == 1
-
-
-# ---- the loader
-
-
-LOADER: dict[str, Any] = {
-    "node_id": None, "high_noise_model": "none", "low_noise_model": "none", "text_encoder": "from model", "vae": "from model",
-    "weight_dtype": "default", "device_map": "balanced", "execution": "auto", "offload": "auto", "sliders_gib": [0.0] * 8,
-}  # fmt: skip
-
-
-@pytest.fixture
-def installed(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The tiny checkpoint among ComfyUI's models; its name in the combo."""
-    import folder_paths
-
-    (tmp_path / "tiny").symlink_to(tiny_checkpoint, target_is_directory=True)
-    known = {**folder_paths.folder_names_and_paths, "diffusers": ([str(tmp_path)], ["folder"])}
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
-    return "tiny"
-
-
-def test_the_loader_describes_without_loading(installed: str) -> None:
-    handle, report = loading.make_handle(model=installed, **LOADER)
-    assert isinstance(handle, ModelHandle)
-    assert "planned for 832x480x81" in report and "high noise expert" in report
-    assert OWNER.loaded is None
-
-
-def test_new_files_of_a_model_are_noticed(installed: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """ComfyUI would else hand out the loader's old output, and with it what the old files' headers said."""
-    before = loading.fingerprint(installed)
-    assert before == loading.fingerprint(installed) != ""
-    (tmp_path / "tiny").unlink()
-    shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
-    (tmp_path / "tiny" / "transformer" / "config.json").touch()
-    assert loading.fingerprint(installed) != before
-    assert loading.fingerprint("not here") == loading.fingerprint("Wan-AI/Wan2.2-I2V-A14B-Diffusers") == ""
-
-
-def test_the_loader_refuses_what_it_cannot_do(installed: str) -> None:
-    with pytest.raises(UnsupportedError, match="Single-file checkpoints"):
-        loading.make_handle(model=installed, **{**LOADER, "vae": "wan_2.1_vae.safetensors"})
-    with pytest.raises(InvalidRequestError, match="weight_dtype is 'fp4'"):
-        loading.make_handle(model=installed, **{**LOADER, "weight_dtype": "fp4"})

@@ -97,7 +97,10 @@ def test_damaged_models(comfy_server: ComfyServer, tiny_checkpoint: Path, damage
     [
         ({"model": "not-here"}, {}, ["not-here", TINY_MODEL]),
         ({"model": "../wan-tiny"}, {}, ["../wan-tiny"]),
-        ({"model": "single files"}, {}, ["single files", "Choose a model folder"]),
+        ({"model": "single files"}, {}, ["no file for the high noise expert", "Choose high_noise_model and low_noise_model"]),
+        ({"model": "single files", "high_noise_model": "gone_high.safetensors"}, {}, ["gone_high.safetensors"]),
+        ({"text_encoder": "gone.safetensors"}, {}, ["text_encoder", "gone.safetensors"]),
+        ({"vae": "../vae/gone.safetensors"}, {}, ["vae", "gone.safetensors"]),
         ({"weight_dtype": "fp4"}, {}, ["fp4"]),
         ({"gpu0_gb": 1000.0}, {}, ["gpu0_gb"]),
         ({}, {"width": 8192, "height": 8192, "length": 4097}, ["length is 4097; Wan takes 1 to 4093"]),
@@ -114,6 +117,37 @@ def test_values_that_cannot_be(comfy_server: ComfyServer, loader: dict[str, Any]
     message = complaint(comfy_server, prompt(loader, **sampler))
     for word in words:
         assert word in message
+    check_it_still_works(comfy_server)
+
+
+WRONG_FILES: dict[str, tuple[bytes, str, str]] = {
+    "empty": (b"", "wan_high.safetensors", "no complete safetensors file"),
+    "not read": (b"anything", "wan_high.ckpt", "pickled"),
+    "no GGUF": (b"anything", "wan_high.gguf", "is no whole GGUF file"),
+    "something else": (b"\x02\0\0\0\0\0\0\0{}", "wan_high.safetensors", "is a file without tensors"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_FILES)
+def test_files_that_are_no_expert(comfy_server: ComfyServer, kind: str) -> None:
+    content, name, words = WRONG_FILES[kind]
+    folder = comfy_server.base_dir / "models" / "diffusion_models"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    partner = name.replace("high", "low")
+    (folder / partner).write_bytes(content)
+    try:
+        for low in ("none", partner):
+            message = complaint(comfy_server, prompt({"model": "single files", "high_noise_model": name, "low_noise_model": low}))
+            assert words in message and name in message
+        message = complaint(comfy_server, prompt({"low_noise_model": partner}))
+        assert words in message and partner in message
+        (folder / partner).unlink()
+        message = complaint(comfy_server, prompt({"model": "single files", "high_noise_model": name}))
+        assert "Choose low_noise_model" in message
+    finally:
+        (folder / name).unlink()
+        (folder / partner).unlink(missing_ok=True)
     check_it_still_works(comfy_server)
 
 

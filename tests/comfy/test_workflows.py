@@ -1,16 +1,34 @@
-"""The example workflows against a running ComfyUI: every widget value, name and link, in the UI format and the API format."""
+"""The example workflows against a running ComfyUI: every widget value, name and link, in the UI format and the API format, and a run of each
+with tiny models."""
 
 import io
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
-from comfy_server import PACK_NAME, ComfyServer
+import torch
+from comfy_server import PACK_NAME, TINY_MODEL, ComfyServer
 from PIL import Image
+from tiny_checkpoint import make_text_encoder, make_tokenizer, make_vae
+from tiny_encoder_files import write_umt5_file, write_vae_file
+from tiny_loras import write_pair
+from tiny_single_files import file_names
 
 FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
-NAMES = ["wan_i2v", "wan_first_last_frame"]
+FOUR_STEPS = "wan_i2v_lightx2v_4steps"
+NAMES = ["wan_i2v", "wan_first_last_frame", FOUR_STEPS]
+FILES = {"model", "high_noise_model", "low_noise_model", "text_encoder", "vae", "high_noise_lora", "low_noise_lora"}
+# Widgets that are not at their defaults.
+CHANGED = {
+    "wan_i2v": {"positive"},
+    "wan_first_last_frame": {"positive"},
+    FOUR_STEPS: {"positive", "width", "height", "steps", "cfg", "sampler_name", "switch_step", *FILES},
+}
 # Nodes that only exist in the frontend.
 NOTES = {"Note", "MarkdownNote"}
 WIDGET_TYPES = {"COMBO", "INT", "FLOAT", "STRING", "BOOLEAN"}
@@ -59,8 +77,36 @@ def widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def inputs_of(prompt: dict[str, Any], class_type: str) -> dict[str, Any]:
+    (node,) = [node for node in prompt.values() if node["class_type"] == class_type]
+    return node["inputs"]
+
+
 @pytest.fixture(scope="module")
-def object_info(comfy_server: ComfyServer) -> dict[str, Any]:
+def named_files(comfy_server: ComfyServer, tiny_single_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Tiny models of the right kinds, under the names that the examples ask for, in the server's folders: name -> folder."""
+    chosen = inputs_of(api_workflow(FOUR_STEPS), "WanShardedLoader")
+    made, generator = tmp_path_factory.mktemp("made"), torch.Generator().manual_seed(0)
+    spiece = made / "spiece.model"
+    encoder = make_text_encoder(len(make_tokenizer(spiece)), generator)
+    write_umt5_file(made / chosen["text_encoder"], encoder, spiece.read_bytes(), "fp8_scaled_old")
+    write_vae_file(made / chosen["vae"], make_vae(generator, num_res_blocks=2))
+    for part, level in (("transformer", "high"), ("transformer_2", "low")):
+        shutil.copy(tiny_single_files / file_names("fp8_scaled_old")[part], made / chosen[f"{level}_noise_model"])
+    loras = [file.name for file in write_pair(tiny_single_files / "diffusers", made)]
+    placed = {chosen["text_encoder"]: "text_encoders", chosen["vae"]: "vae", **dict.fromkeys(loras, "loras")}
+    placed |= {chosen[f"{level}_noise_model"]: "diffusion_models" for level in ("high", "low")}
+    targets = [comfy_server.base_dir / "models" / folder / name for name, folder in placed.items()]
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / target.name, target)
+    yield placed
+    for target in targets:
+        target.unlink()
+
+
+@pytest.fixture(scope="module")
+def object_info(comfy_server: ComfyServer, named_files: dict[str, str]) -> dict[str, Any]:
     return comfy_server.object_info()
 
 
@@ -89,12 +135,64 @@ def test_ui_values_are_valid_and_are_those_of_the_api_file(name: str, object_inf
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_values_are_the_defaults_except_the_prompt(name: str, object_info: dict[str, Any]):
+def test_values_are_the_defaults_but_for_these(name: str, object_info: dict[str, Any]):
+    differing: set[str] = set()
     for node in api_workflow(name).values():
         specs = input_specs(object_info[node["class_type"]])
         given = {key: value for key, value in node["inputs"].items() if not isinstance(value, list)}
-        differing = {key for key, value in given.items() if "default" in specs[key][1] and value != specs[key][1]["default"]}
-        assert differing <= {"positive"}, node["class_type"]
+        differing |= {key for key, value in given.items() if "default" in specs[key][1] and value != specs[key][1]["default"]}
+    assert differing == CHANGED[name]
+
+
+def test_four_steps_are_those_of_the_loras():
+    sampler = inputs_of(api_workflow(FOUR_STEPS), "WanShardedI2VSampler")
+    wanted = {"width": 640, "height": 640, "length": 81, "steps": 4, "cfg": 1, "shift": 5, "sampler_name": "euler", "switch_step": 2}
+    assert {key: sampler[key] for key in wanted} == wanted
+
+
+def test_missing_files_are_offered_for_download(named_files: dict[str, str]):
+    """By the frontend, which reads a node's ``properties.models`` and looks for the names among its widgets."""
+    offered = {}
+    for node in nodes_of(ui_workflow(FOUR_STEPS)):
+        for model in node["properties"].get("models", []):
+            assert model["name"] in node["widgets_values"]
+            assert model["url"].startswith("https://huggingface.co/Comfy-Org/Wan_2.")
+            assert model["url"].endswith(f"/resolve/main/split_files/{model['directory']}/{model['name']}")
+            offered[model["name"]] = model["directory"]
+    assert offered == named_files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_runs(name: str, comfy_server: ComfyServer, named_files: dict[str, str]):
+    prompt = api_workflow(name)
+    loader = inputs_of(prompt, "WanShardedLoader")
+    if loader["model"] != "single files":
+        loader["model"] = TINY_MODEL
+    sampler = inputs_of(prompt, "WanShardedI2VSampler")
+    sampler.update(width=64, height=48, length=5, steps=4, seed=NAMES.index(name))
+    loader["gpu7_gb"] = 100 + NAMES.index(name)  # no such GPU here; else ComfyUI has cached results, and shows no text
+    entry = comfy_server.run(prompt)
+    (video,) = comfy_server.outputs(entry)
+    assert video.suffix == ".mp4" and video.stat().st_size > 0
+    texts = {prompt[key]["class_type"]: output["text"][0] for key, output in entry["outputs"].items() if "text" in output}
+    assert "4 steps in" in texts["WanShardedI2VSampler"]
+    assert "high noise expert" in texts["WanShardedLoader"]
+    if name == FOUR_STEPS:
+        assert "found" not in texts["WanShardedLoader"], "every file is named"
+        assert "at strength 1 changes" in texts["WanShardedLora"]
+
+
+def test_the_loras_change_the_video(comfy_server: ComfyServer, named_files: dict[str, str]):
+    videos = []
+    for strength in (1.0, 0.0):
+        prompt = api_workflow(FOUR_STEPS)
+        inputs_of(prompt, "WanShardedI2VSampler").update(width=64, height=48, length=5, seed=5)
+        inputs_of(prompt, "WanShardedLora").update(high_noise_strength=strength, low_noise_strength=strength)
+        inputs_of(prompt, "WanShardedVideoExport")["filename_prefix"] = f"lora_{strength}"
+        (video,) = comfy_server.outputs(comfy_server.run(prompt))
+        with av.open(str(video)) as container:
+            videos.append(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int))
+    assert np.abs(videos[0] - videos[1]).mean() > 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,6 +244,7 @@ def test_there_are_examples_for_first_and_last_frame():
     assert images == {
         "wan_i2v": ["wan_sharded_example.jpg"],
         "wan_first_last_frame": ["wan_sharded_example.jpg", "wan_sharded_example_last.jpg"],
+        FOUR_STEPS: ["wan_sharded_example.jpg"],
     }
 
 
@@ -159,7 +258,7 @@ def test_comfyui_lists_every_example_with_a_picture(comfy_server: ComfyServer):
         assert comfy_server.request(f"/api/workflow_templates/{PACK_NAME}/{name}.json") == ui_workflow(name)
 
 
-@pytest.mark.parametrize("node_id", ["WanShardedLoader", "WanShardedI2VSampler"])
+@pytest.mark.parametrize("node_id", ["WanShardedLoader", "WanShardedLora", "WanShardedI2VSampler"])
 def test_help_pages_are_served(comfy_server: ComfyServer, node_id: str):
     page = comfy_server.request(f"/extensions/{PACK_NAME}/docs/{node_id}.md").decode("utf-8")
     specs = input_specs(comfy_server.object_info(node_id)[node_id])

@@ -92,15 +92,18 @@ def bench(
     checkpoint: Path, make_request: Callable[..., ImageToVideoRequest], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Bench]]:
     benches: list[Bench] = []
-    def watched(real: Callable[..., object]) -> Callable[..., object]:
-        def read(reader: TensorReader, stored: StoredTensor, *arguments: object) -> object:
-            benches[-1].read.append(stored.key)
-            return real(reader, stored, *arguments)
+    mapped, read_into = TensorReader.mapped, TensorReader.read_into
 
-        return read
+    def watched_mapped(reader: TensorReader, stored: StoredTensor) -> torch.Tensor:
+        benches[-1].read.append(stored.key)
+        return mapped(reader, stored)
 
-    for way in ("mapped", "_read"):  # as pages of the file, and into memory
-        monkeypatch.setattr(TensorReader, way, watched(getattr(TensorReader, way)))
+    def watched_read(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]]) -> None:
+        benches[-1].read.extend(stored.key for stored, target in wanted if target.device == CPU)
+        read_into(reader, wanted)
+
+    monkeypatch.setattr(TensorReader, "mapped", watched_mapped)  # imagined GPUs are given pages of the file
+    monkeypatch.setattr(TensorReader, "read_into", watched_read)
 
     def make(count: int = 1, capacity: dict[int, int] | None = None) -> Bench:
         gpus.capacity.update(capacity or {})

@@ -202,7 +202,10 @@ def build(model: Path) -> None:
 BUILD_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a tensor of the wrong shape": (
         lambda model: replace_tensor(model / "transformer" / WEIGHTS, "blocks.3.attn1.to_q.weight", torch.zeros(48, 47)),
-        ["wan copy/transformer: tensor blocks.3.attn1.to_q.weight is [48, 47], but its configuration (config.json) wants [48, 48]", "Download it again"],
+        [
+            "wan copy/transformer: tensor blocks.3.attn1.to_q.weight is [48, 47], but its configuration (config.json) wants [48, 48]",
+            "Download it again",
+        ],
     ),
     "a missing tensor": (
         lambda model: replace_tensor(model / "transformer_2" / WEIGHTS, "proj_out.weight", None),

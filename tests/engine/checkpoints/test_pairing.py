@@ -78,6 +78,7 @@ def test_slashes_of_either_kind() -> None:
 
 def test_both_in_one_folder_or_in_folders_of_their_own() -> None:
     assert partner("high and low/wan_high.gguf", ["high and low/wan_low.gguf"]) == "high and low/wan_low.gguf"
+    assert partner("HighNoise/wan_high.gguf", ["HighNoise/wan_low.gguf"]) == "HighNoise/wan_low.gguf"
     assert partner("HighNoise/wan.gguf", ["other/wan.gguf", "LowNoise/wan.gguf"]) == "LowNoise/wan.gguf"
     assert partner("a/wan_high.gguf", ["b/wan_low.gguf"]) == "b/wan_low.gguf"
 

@@ -59,9 +59,7 @@ def test_every_form_is_described(encoder: UMT5EncoderModel, write: Callable[...,
 
 def test_the_published_encoders_shapes() -> None:
     """As google/umt5-xxl's config.json has them, from its tensors' shapes as in umt5_xxl_fp16.safetensors."""
-    config = UMT5Config(
-        vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
-    )
+    config = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     expected = dict(_expected(config.to_dict()))
@@ -207,7 +205,12 @@ def test_metadata_of_another_quantization(write: Callable[..., Path], layers: st
 @pytest.fixture
 def useless(write: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     whole = write("fp8_scaled_old").read_bytes()
-    contents = {"empty.safetensors": b"", "short.safetensors": whole[:-100], "long.safetensors": whole + b"0", "other.safetensors": b"PK" * 50}
+    contents = {
+        "empty.safetensors": b"",
+        "short.safetensors": whole[:-100],
+        "long.safetensors": whole + b"0",
+        "other.safetensors": b"PK" * 50,
+    }
 
     def make(name: str) -> Path:
         (tmp_path / name).write_bytes(contents.get(name, whole))

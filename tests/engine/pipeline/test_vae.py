@@ -239,7 +239,9 @@ def test_a_whole_run_with_a_file(
     assert torch.equal(got.frames, expected.frames) and torch.equal(got.latents, expected.latents)
 
 
-def test_in_bf16_and_back_with_a_file(published_shape: AutoencoderKLWan, files: Callable[..., ModelFiles], tmp_path: Path, quick: Request) -> None:
+def test_in_bf16_and_back_with_a_file(
+    published_shape: AutoencoderKLWan, files: Callable[..., ModelFiles], tmp_path: Path, quick: Request
+) -> None:
     write_vae_file(tmp_path / "own.safetensors", published_shape)
     vae = model_vae(files(vae=tmp_path / "own.safetensors"), quick)
     exact = {name: tensor.clone() for name, tensor in vae._in(torch.float32).state_dict().items()}

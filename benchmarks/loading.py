@@ -1,0 +1,255 @@
+"""From files in the page cache to where weights live: seconds, GB/s beside what the read and the link allow, host memory; one GPU.
+
+    python benchmarks/loading.py [--layers 40] [--folder FOLDER]
+
+Writes single files of the real 14B shape first (14 GB an expert in fp8, 29 GB in bf16), then loads both experts as a run would: to the GPU, to page-locked host memory, and quantized on the way. Beside it: reading the file alone,
+copying over the link alone, and safetensors' own ``safe_open`` with ``.to("cuda")``. At last, LoRAs are added, made weaker, and removed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import struct
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+pack = ModuleType("wan_sharded")
+pack.__path__ = [str(ROOT)]
+sys.modules["wan_sharded"] = pack
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from accelerate import init_empty_weights  # noqa: E402
+from diffusers import WanTransformer3DModel  # noqa: E402
+from random_expert import WAN_14B  # noqa: E402
+from record import Row, record  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from tiny_single_files import original_name  # noqa: E402
+from wan_sharded.engine import open_model, probe  # noqa: E402
+from wan_sharded.engine.checkpoints.lora import LoraChoice, open_lora_file  # noqa: E402
+from wan_sharded.engine.owner import ModelOwner  # noqa: E402
+from wan_sharded.engine.planning.footprint import VideoShape  # noqa: E402
+from wan_sharded.engine.weights.host_memory import host_buffer  # noqa: E402
+
+GB, GIB = 1e9, 1024**3
+SHAPE = VideoShape(832, 480, 81)
+BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
+CHUNK = 64 * 1024**2
+STEPS = {"high": "transformer", "low": "transformer_2"}
+
+
+def write(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """A safetensors file of some tensors, full of small finite numbers of any type."""
+    header, offset = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = BYTES[dtype] * torch.Size(shape).numel()
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    chunk = torch.randint(0x20, 0x38, (CHUNK,), dtype=torch.uint8).numpy().data
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        while offset:
+            offset -= file.write(chunk[:offset])
+
+
+def expert_tensors(layers: int, *, fp8: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    with init_empty_weights():
+        model = WanTransformer3DModel(**WAN_14B, num_layers=layers)
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, parameter in model.named_parameters():
+        few = fp8 and name.endswith(".weight") and parameter.ndim == 2
+        found[original_name(name)] = ("F8_E4M3" if few else "BF16", tuple(parameter.shape))
+        if few:
+            found[original_name(name).removesuffix("weight") + "scale_weight"] = ("F32", ())
+    return {**found, **({"scaled_fp8": ("F8_E4M3", (0,))} if fp8 else {})}
+
+
+def lora_tensors(layers: int, rank: int = 64) -> dict[str, tuple[str, tuple[int, ...]]]:
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (_, shape) in expert_tensors(layers, fp8=False).items():
+        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2:
+            module = f"diffusion_model.{name.removesuffix('.weight')}"
+            found[f"{module}.lora_down.weight"], found[f"{module}.lora_up.weight"] = ("BF16", (rank, shape[1])), ("BF16", (shape[0], rank))
+    return found
+
+
+class HostPeak:
+    """The most that this process held of host memory while inside, beyond what it held before; pages of mapped files left out."""
+
+    def __enter__(self):
+        self._before, self.peak_bytes, self._stop = self._held(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    @staticmethod
+    def _held() -> int:
+        info = psutil.Process().memory_info()
+        return info.rss - info.shared
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.peak_bytes = max(self.peak_bytes, self._held() - self._before)
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self.held_bytes = self._held() - self._before
+
+
+def rate(case: str, what: str, dtype: str, size_bytes: int, seconds: float, note: str = "") -> Row:
+    row = Row(case, what, 1, dtype, seconds, note=f"{size_bytes / GB:.1f} GB, {size_bytes / GB / seconds:.1f} GB/s{note}")
+    print(row, flush=True)
+    return row
+
+
+def read_alone(path: Path, threads: int) -> float:
+    """Seconds to read a file into page-locked memory that is used again and again."""
+    buffers = [host_buffer(CHUNK).numpy().data for _ in range(threads)]
+    starts = iter(range(0, path.stat().st_size, CHUNK))
+    lock = threading.Lock()
+
+    def work(buffer) -> None:
+        with path.open("rb", buffering=0) as file:
+            while True:
+                with lock:
+                    start = next(starts, None)
+                if start is None:
+                    return
+                file.seek(start)
+                file.readinto(buffer)
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, buffers))
+    return time.perf_counter() - began
+
+
+def link_alone(size_bytes: int) -> float:
+    memory = host_buffer(1024**3)
+    there = torch.empty_like(memory, device="cuda")
+    there.copy_(memory)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(4):
+        there.copy_(memory, non_blocking=True)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / 4 * size_bytes / memory.numel()
+
+
+def safetensors_alone(path: Path) -> float:
+    began = time.perf_counter()
+    with safe_open(path, framework="pt", device="cpu") as file:
+        kept = [file.get_tensor(name).to("cuda") for name in file.keys()]
+    torch.cuda.synchronize()
+    del kept
+    return time.perf_counter() - began
+
+
+class Loading:
+    """Loads both experts of a pair of files as a run does."""
+
+    def __init__(self, case: str, high: Path, low: Path, weight_dtype: str, offload: str):
+        self.case, self.weight_dtype = case, weight_dtype
+        self.file_bytes = high.stat().st_size + low.stat().st_size
+        self.handle = open_model(None, high_noise_model=high, low_noise_model=low, weight_dtype=weight_dtype, offload=offload)
+        self.owner = ModelOwner()
+
+    def activate(self, loras: dict | None = None) -> float:
+        from dataclasses import replace
+
+        began = time.perf_counter()
+        loaded = self.owner.obtain(replace(self.handle, loras=loras or {}), probe.probe_machine(), SHAPE)
+        for part in STEPS.values():
+            loaded.activate(part, lambda: None, lambda done, total, what: None)
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def row(self, what: str) -> Row:
+        with HostPeak() as host:
+            seconds = self.activate()
+        loaded = self.owner.loaded
+        assert loaded is not None and loaded.plan is not None
+        lives = loaded.resident_bytes(torch.device("cpu"))
+        row = rate(
+            self.case, what, self.weight_dtype, self.file_bytes, seconds,
+            f"; {lives / GB:.1f} GB live on the host, peak {host.peak_bytes / GB:.1f} GB, held after {host.held_bytes / GB:.1f} GB",
+        )  # fmt: skip
+        row.peak_gib = [torch.cuda.max_memory_allocated() / GIB]
+        row.host_gib = host.peak_bytes / GIB
+        return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wan-loading")
+    parser.add_argument("--name", default="loading", help="of the results file; empty: print only")
+    a = parser.parse_args()
+    a.folder.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    probe.probe_machine()
+    for form in ("fp8", "bf16"):
+        pair = [a.folder / f"wan2.2_i2v_{level}_noise_14B_{form}.safetensors" for level in STEPS]
+        write(pair[0], expert_tensors(a.layers, fp8=form == "fp8"))
+        shutil.copyfile(*pair)
+        both = 2 * pair[0].stat().st_size
+        case = f"both experts, {form} file"
+        for threads in (1, 4, 8):
+            rows.append(
+                rate(
+                    case,
+                    f"reading alone, {threads} thread{'s' if threads > 1 else ''}",
+                    form,
+                    both,
+                    sum(read_alone(file, threads) for file in pair),
+                )
+            )
+        rows.append(rate(case, "the link alone", form, both, link_alone(both)))
+        if form == "fp8":
+            rows.append(rate(case, 'safe_open and .to("cuda")', form, both, sum(safetensors_alone(file) for file in pair)))
+        for what, dtype, offload in (("to the GPU", "default", "auto"), ("to the host", "default", "cpu"), ("to the GPU", "int8", "auto")):
+            if form == "fp8" and dtype == "int8":
+                continue
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            one = Loading(case, *pair, dtype, offload)
+            try:
+                rows.append(one.row(f"wan-sharded, {what}"))
+                if form == "fp8":
+                    rows += lora_rows(one, a.folder, a.layers)
+            except Exception as error:
+                rows.append(Row(case, what, 1, dtype, note=f"FAILED: {type(error).__name__}: {str(error)[:300]}"))
+                print(rows[-1], flush=True)
+            one.owner.release()
+        for file in pair:
+            file.unlink()
+    command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
+    record(a.name, "Loading both experts from files in the page cache: seconds", command, rows, append=bool(a.name))
+
+
+def lora_rows(one: Loading, folder: Path, layers: int) -> list[Row]:
+    """Both experts loaded already: LoRAs come, change their strength, and go."""
+    file = folder / "lora.safetensors"
+    write(file, lora_tensors(layers))
+    lora = open_lora_file(file)
+    rows = []
+    where = one.case if not one.handle.offload == "cpu" else f"{one.case}, on the host"
+    for what, strength in (("LoRA of rank 64 added", 1.0), ("its strength changed", 0.5), ("removed", 0.0)):
+        loras = {part: (LoraChoice(lora, strength),) for part in STEPS.values()} if strength else {}
+        rows.append(rate(where, f"wan-sharded, {what}", one.weight_dtype, 2 * file.stat().st_size, one.activate(loras)))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

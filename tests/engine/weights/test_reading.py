@@ -1,0 +1,264 @@
+"""Tensors as their files have them, in every way there is to read them; and files that are not there any more, in the middle of it.
+
+What goes through page-locked buffers to a real GPU is in tests/gpu/test_single_files.py.
+"""
+
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from imagined_gpus import ImaginedGpus
+from wan_sharded.engine.checkpoints.stored import StoredTensor
+from wan_sharded.engine.errors import CheckpointError, UnsupportedError
+from wan_sharded.engine.weights import reading
+from wan_sharded.engine.weights.reading import THREADS, TensorReader, raw_shape
+
+CPU, LAZY = torch.device("cpu"), torch.device("lazy:0")
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
+PIECE = 1000
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few kilobytes are as many pieces as gigabytes are."""
+    monkeypatch.setattr(reading, "PIECE_BYTES", PIECE)
+
+
+@pytest.fixture
+def reader() -> Iterator[TensorReader]:
+    reader = TensorReader()
+    yield reader
+    reader.close()
+
+
+def any_bytes(count: int, seed: int = 0) -> torch.Tensor:
+    """None of them ends in an exponent of ones: equal bits are equal numbers then."""
+    return torch.randint(0, 0x38, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def stored_in(path: Path, content: torch.Tensor, dtype: str = "U8", shape: tuple[int, ...] | None = None, offset: int = 0) -> StoredTensor:
+    """A file with a tensor of these bytes at an offset, and something behind it."""
+    path.write_bytes(b"\xff" * offset + content.numpy().tobytes() + b"\xff" * 5)
+    return StoredTensor(path, "some.weight", dtype, (content.numel(),) if shape is None else shape, offset, content.numel())
+
+
+def read_all(reader: TensorReader, stored: StoredTensor) -> list[torch.Tensor]:
+    """In every way, to the CPU and to an imagined GPU."""
+    into = torch.full((stored.size_bytes + 2,), 0xAA, dtype=torch.uint8)
+    reader.read_into(stored, into[1:-1])
+    assert into[0] == into[-1] == 0xAA, "nobody else's bytes"
+    mapped = reader.mapped(stored)
+    into = into[1:-1].clone().view(mapped.dtype).view(mapped.shape) if mapped.numel() else torch.empty_like(mapped)
+    with ImaginedGpus():
+        there = torch.empty(stored.size_bytes, dtype=torch.uint8, device=LAZY)
+        reader.read_into(stored, there)
+        moved = reader.on_device(stored, LAZY)
+        assert moved.device == LAZY
+        found = [mapped, reader.on_device(stored, CPU), into, moved.cpu()]
+        assert torch.equal(there.cpu(), mapped.reshape(-1).view(torch.uint8) if mapped.numel() else there.cpu())
+    return found
+
+
+@pytest.mark.parametrize("offset", [0, 8, 3, 4097], ids=lambda offset: f"at {offset}")
+@pytest.mark.parametrize("shape", [(5, 7), (3,), (), (2, 1, 3, 1, 2), (50, 33)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_file_has(reader: TensorReader, tmp_path: Path, dtype: str, shape: tuple[int, ...], offset: int) -> None:
+    """Also where its numbers lie at no multiple of their size, as in safetensors files with a header of odd length."""
+    content = any_bytes(torch.Size(shape).numel() * DTYPES[dtype].itemsize)
+    expected = content.view(DTYPES[dtype]).view(shape)
+    for got in read_all(reader, stored_in(tmp_path / "a.safetensors", content, dtype, shape, offset)):
+        assert got.dtype == expected.dtype and got.shape == shape
+        assert torch.equal(got.float(), expected.float())
+
+
+def test_gguf_gives_rows_of_bytes(reader: TensorReader, tmp_path: Path) -> None:
+    content = any_bytes(6 * 2 * 34)
+    stored = stored_in(tmp_path / "a.gguf", content, "GGUF:Q8_0", (6, 64), 32)
+    assert raw_shape(stored) == (6, 68)
+    for got in read_all(reader, stored):
+        assert got.dtype == torch.uint8 and torch.equal(got, content.view(6, 68))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)], ids=str)
+def test_nothing_is_read_of_nothing(reader: TensorReader, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Not even the file."""
+    stored = StoredTensor(tmp_path / "gone.safetensors", "scaled_fp8", "F8_E4M3", shape, 10**9, 0)
+    for got in read_all(reader, stored):
+        assert got.shape == shape and got.dtype == torch.float8_e4m3fn
+
+
+def test_unknown_dtypes_are_refused(reader: TensorReader, tmp_path: Path) -> None:
+    stored = stored_in(tmp_path / "a.safetensors", any_bytes(8), "I64", (1,))
+    for way in (lambda: reader.mapped(stored), lambda: reader.on_device(stored, CPU)):
+        with pytest.raises(UnsupportedError, match="some.weight of a.safetensors is stored as I64"):
+            way()
+
+
+def test_writing_does_not_change_the_file(reader: TensorReader, tmp_path: Path) -> None:
+    stored = stored_in(tmp_path / "a.safetensors", any_bytes(64))
+    before = stored.file.read_bytes()
+    reader.on_device(stored, CPU).clone().zero_()
+    target = torch.empty(64, dtype=torch.uint8)
+    reader.read_into(stored, target)
+    target.zero_()
+    assert stored.file.read_bytes() == before and torch.equal(reader.mapped(stored), any_bytes(64))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs files with holes")
+def test_a_file_larger_than_memory_is_mapped(reader: TensorReader, tmp_path: Path) -> None:
+    """Pages that could be written to would count as memory: Linux refuses more of them than there is, Windows promises it for each map."""
+    path = tmp_path / "large.safetensors"
+    size = 2 * (psutil.virtual_memory().total + psutil.swap_memory().total)
+    try:
+        with path.open("wb") as file:
+            file.truncate(size)
+            file.seek(size - 16)
+            file.write(bytes(range(16)))
+    except OSError:
+        pytest.skip("files can't be that large here")
+    stored = StoredTensor(path, "last.weight", "U8", (16,), size - 16, 16)
+    assert reader.mapped(stored).tolist() == list(range(16))
+
+
+# ---- in pieces
+
+
+@pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 13 * PIECE + 7])
+def test_more_than_a_piece(reader: TensorReader, tmp_path: Path, size: int) -> None:
+    for offset in (0, 17):
+        content = any_bytes(size)
+        for got in read_all(reader, stored_in(tmp_path / "a", content, offset=offset)):
+            assert torch.equal(got, content)
+
+
+def test_pieces_are_read_by_several_threads(reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, threads, barrier = reading._read_piece, set(), threading.Barrier(THREADS)
+
+    def together(*arguments: object) -> None:
+        if threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            barrier.wait(timeout=30)
+        real(*arguments)
+
+    monkeypatch.setattr(reading, "_read_piece", together)
+    content = any_bytes(THREADS * PIECE)
+    target = torch.empty(content.numel(), dtype=torch.uint8)
+    reader.read_into(stored_in(tmp_path / "a", content), target)
+    assert len(threads) == THREADS and torch.equal(target, content)
+
+
+def names_of_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("wan-sharded-reader")]
+
+
+def test_threads_are_there_only_while_they_are_used(tmp_path: Path) -> None:
+    reader = TensorReader()
+    small, large = (stored_in(tmp_path / str(size), any_bytes(size)) for size in (PIECE, 5 * PIECE))
+    for _ in range(2):  # closing is no end
+        reader.read_into(small, torch.empty(PIECE, dtype=torch.uint8))
+        assert names_of_threads() == [], "one piece needs none"
+        target = torch.zeros(5 * PIECE, dtype=torch.uint8)
+        reader.read_into(large, target)
+        assert torch.equal(target, any_bytes(5 * PIECE)) and 0 < len(names_of_threads()) <= THREADS
+        reader.close()
+        assert names_of_threads() == []
+        reader.close()
+
+
+# ---- files that changed since their headers were read
+
+
+def shorter(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 6)
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+CHANGES = {
+    "deleted": Path.unlink,
+    "shorter": shorter,
+    "empty": lambda path: os.truncate(path, 0),
+    "a folder": folder,
+    "unreadable": lambda path: path.chmod(0),
+}
+
+
+@pytest.mark.parametrize("size", [PIECE, 8 * PIECE], ids=["one piece", "many"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_files_that_changed(reader: TensorReader, tmp_path: Path, change: str, size: int) -> None:
+    """Each way says which file; and the reader goes on working."""
+    if change == "unreadable" and (os.name == "nt" or os.geteuid() == 0):
+        pytest.skip("whoever runs this may read everything")
+    good, bad = (stored_in(tmp_path / name, any_bytes(size, seed)) for seed, name in enumerate(("good.safetensors", "bad.safetensors")))
+    CHANGES[change](bad.file)
+    target = torch.zeros(size, dtype=torch.uint8)
+    with ImaginedGpus():
+        there = torch.zeros(size, dtype=torch.uint8, device=LAZY)
+        ways = {
+            "mapped": lambda: reader.mapped(bad),
+            "on_device": lambda: reader.on_device(bad, CPU),
+            "to a GPU": lambda: reader.on_device(bad, LAZY),
+            "read_into": lambda: reader.read_into(bad, target),
+            "read_into a GPU": lambda: reader.read_into(bad, there),
+        }
+        for way in ways.values():
+            with pytest.raises(CheckpointError, match=r"bad\.safetensors could not be read .*Download it again\."):
+                way()
+    reader.read_into(good, target)
+    assert torch.equal(target, any_bytes(size, 0))
+
+
+def test_nothing_is_written_after_the_failure(reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory may be another tensor's by then. The first piece fails at once; the others are slow, and work."""
+    real, under_way = reading._read_piece, []
+
+    def slow(path: Path, offset: int, target: memoryview) -> None:
+        if offset == 0:
+            raise CheckpointError("bad luck")
+        under_way.append(offset)
+        time.sleep(0.05)
+        real(path, offset, target)
+        under_way.remove(offset)
+
+    monkeypatch.setattr(reading, "_read_piece", slow)
+    target = torch.zeros(10 * PIECE, dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match="bad luck"):
+        reader.read_into(stored_in(tmp_path / "a", any_bytes(10 * PIECE)), target)
+    assert under_way == []
+    target.fill_(0xAA)
+    time.sleep(0.1)
+    assert bool((target == 0xAA).all())
+
+
+def test_the_end_goes_missing_while_it_is_read(reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a download is started over: the first pieces are read, the last ones are not there any more."""
+    stored = stored_in(tmp_path / "vanishing.safetensors", any_bytes(20 * PIECE))
+    real, cut = reading._read_piece, threading.Event()
+
+    def cutting(path: Path, offset: int, target: memoryview) -> None:
+        if offset >= 10 * PIECE and not cut.is_set():
+            os.truncate(path, 10 * PIECE)
+            cut.set()
+        real(path, offset, target)
+
+    monkeypatch.setattr(reading, "_read_piece", cutting)
+    with pytest.raises(CheckpointError, match=r"vanishing\.safetensors could not be read \(it has become shorter\)"):
+        reader.read_into(stored, torch.empty(20 * PIECE, dtype=torch.uint8))
+    assert cut.is_set()
+    shutil.copy(stored_in(tmp_path / "whole", any_bytes(20 * PIECE)).file, stored.file)
+    target = torch.empty(20 * PIECE, dtype=torch.uint8)
+    reader.read_into(stored, target)
+    assert torch.equal(target, any_bytes(20 * PIECE)), "once it is there again"
