@@ -49,14 +49,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default="precision", help="of the results file; empty: print only")
     a = parser.parse_args()
-    workers = [Worker(0, torch.device("cuda:0"))]
     small = [random_inputs(*SMALL, "cuda:0", BF16, seed) for seed in range(3)]
     exact, theirs = truth(small, a.layers)
     case = "x".join(map(str, SMALL))
     rows = [Row(case, "diffusers", 1, "bf16", rel_err=theirs, note="against float32")]
     for what, options in WAYS.items():
-        for compiled in (False, True):
+        for compiled in (False, True) if "measured" not in what else (True,):
             name = f"wan-sharded {what}, {'compiled' if compiled else 'eager'}"
+            workers = [Worker(0, torch.device("cuda:0"))]
             rows.append(sharded_row(case, small, a.layers, 2, workers, what=name, compiled=compiled, reference=exact, **options))
     for size in [tuple(int(n) for n in size.split("x")) for size in a.sizes.split(",")]:
         case = "x".join(map(str, size))
@@ -70,6 +70,7 @@ def main() -> None:
             "fp8, widened + LoRA of rank 64": {**WAYS["fp8, widened"], "lora_rank": 64},
         }.items():
             reference = None if "LoRA" in what else outputs
+            workers = [Worker(0, torch.device("cuda:0"))]
             rows.append(sharded_row(case, inputs, a.layers, a.repeats, workers, what=f"wan-sharded {what}", reference=reference, **options))
     command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
     title = "Weights in few bits, one forward: seconds, peak of tensors, error against float32 (small size) or diffusers' bf16"

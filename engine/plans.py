@@ -147,7 +147,7 @@ class _Planner:
                 way.budgets,
                 device_map=self.handle.device_map,
                 offload=self.handle.offload,
-                activation_bytes=self._activation_bytes(expert, way, size),
+                activation_bytes=self._activation_bytes(part, expert, way, size),
                 host_bytes=self.host_bytes,
                 largest_block_bytes=largest,
                 parallel=way.parallel,
@@ -156,9 +156,10 @@ class _Planner:
             for part, expert in self.loaded.experts.items()
         }
 
-    def _activation_bytes(self, expert: Expert, way: _Way, size: VideoShape) -> dict[int, int]:
+    def _activation_bytes(self, part: str, expert: Expert, way: _Way, size: VideoShape) -> dict[int, int]:
+        widened_bytes = expert.widened_bytes_with(self.handle.loras.get(part, ()))
         element, fragmentation = self.loaded.precision.dtype.itemsize, self.machine.fragmentation
-        sizing: Any = {"fragmentation": fragmentation, "widened_bytes": expert.widened_bytes}
+        sizing: Any = {"fragmentation": fragmentation, "widened_bytes": widened_bytes}
         shares, needs = self.shares(way), {}
         for index, share in shares.items():
             if way.parallel and len(shares) > 1:

@@ -142,7 +142,8 @@ class ParallelForward:
         if self._consider_compiling() or self._functions.compiled:
             self._time_blocks(given)
         able = [share for share in self._crew.shares if self._may_multiply_few_bits(share)]
-        if able and (not self._functions.compiled or self._pays_to_compile()):
+        # Not compiled, rounding the activations takes longer than it saves, and memory that is not planned for.
+        if able and self._functions.compiled and self._pays_to_compile():
             self._decide_on_few_bits(able, given)
 
     def _consider_compiling(self) -> bool:
@@ -179,7 +180,7 @@ class ParallelForward:
     # ---- weights in few bits
 
     def _may_multiply_few_bits(self, share: Share) -> bool:
-        if share.multiply_few_bits is not None:
+        if share.multiply_few_bits is not None or self._expert.precision.dtype != torch.bfloat16:
             return False
         dtypes = {tensor.dtype for name, tensor in self._expert.block_weights("blocks.0").items() if name.endswith(".weight")}
         return any(dtype in FEW_BITS_ERROR and probe.multiplies_few_bits(share.worker.device, dtype) for dtype in dtypes)

@@ -218,33 +218,47 @@ def fused_name(names: tuple[str, ...]) -> str:
 
 
 def _linear(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
-    return _with_low_rank(weights, name, x, _product(weights, name, x))
+    return _product(weights, name, (name,), x)
 
 
-def _product(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
-    scale = weights.get(f"{name}.weight_scale")
+def _product(weights: Weights, name: str, layers: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+    """``linear`` with the weights of one layer, or of several that lie one behind the other."""
+    bias, scale = weights.get(f"{name}.bias"), weights.get(f"{name}.weight_scale")
     if scale is not None and "multiply_few_bits" in weights and weights[f"{name}.weight"].dtype in MULTIPLIED:
-        return multiplied_rows(x, weights[f"{name}.weight"], scale, weights.get(f"{name}.bias"))
-    return F.linear(x, widened(weights, name, x.dtype), weights.get(f"{name}.bias"))
+        return _with_low_rank(weights, layers, x, multiplied_rows(x, weights[f"{name}.weight"], scale, bias))
+    return F.linear(x, widened(weights, name, x.dtype, layers), bias)
 
 
-def widened(weights: Weights, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A layer's matrix [out, in], made wide if it is kept in few bits."""
-    weight = weights[f"{name}.weight"]
+def widened(weights: Weights, name: str, dtype: torch.dtype, layers: tuple[str, ...] = ()) -> torch.Tensor:
+    """A matrix [out, in], made wide if it is kept in few bits, with what LoRAs add to it, or to the ``layers`` it is made of.
+
+    Adding to the matrix costs a tenth of adding to every token's result (benchmarks/precision.py), and is rounded as LoRAs are elsewhere.
+    """
+    weight, scale = weights[f"{name}.weight"], weights.get(f"{name}.weight_scale")
     gguf_type = weights.get(f"{name}.weight.gguf")
+    layers, kept = layers or (name,), False
     if gguf_type is not None:
-        return widened_gguf(weight, gguf_type, dtype)
-    scale = weights.get(f"{name}.weight_scale")
-    return weight if scale is None else widened_rows(weight, scale, dtype)
+        wide = widened_gguf(weight, gguf_type, dtype)
+    elif scale is not None:
+        wide = widened_rows(weight, scale, dtype)
+    else:
+        wide, kept = weight, True
+    if not any(f"{layer}.lora_A" in weights for layer in layers):
+        return wide
+    wide, first = wide.clone() if kept else wide, 0
+    for layer in layers:
+        rows = weights[f"{layer}.weight"].shape[0]
+        if f"{layer}.lora_A" in weights:
+            wide[first : first + rows].addmm_(weights[f"{layer}.lora_B"], weights[f"{layer}.lora_A"])
+        first += rows
+    return wide
 
 
-def _with_low_rank(weights: Weights, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """A layer's result with what LoRAs add to it, in place."""
-    down = weights.get(f"{name}.lora_A")
-    if down is None:
-        return result
-    up = weights[f"{name}.lora_B"]
-    result.flatten(0, -2).addmm_(F.linear(x, down).flatten(0, -2), up.t())
+def _with_low_rank(weights: Weights, layers: tuple[str, ...], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """The layers' results side by side, with what LoRAs add to them: for a matrix that is never wide."""
+    for layer, part in zip(layers, result.chunk(len(layers), dim=-1), strict=True):
+        if f"{layer}.lora_A" in weights:
+            part.flatten(0, -2).addmm_(F.linear(x, weights[f"{layer}.lora_A"]).flatten(0, -2), weights[f"{layer}.lora_B"].t())
     return result
 
 
@@ -252,7 +266,5 @@ def _fused(weights: Weights, names: tuple[str, ...], x: torch.Tensor) -> tuple[t
     """Several layers of one input: as one matrix product where their weights lie one behind the other."""
     together = fused_name(names)
     if f"{together}.weight" in weights:
-        results = _product(weights, together, x).chunk(len(names), dim=-1)
-    else:
-        results = tuple(_product(weights, name, x) for name in names)
-    return tuple(_with_low_rank(weights, name, x, result) for name, result in zip(names, results, strict=True))
+        return _product(weights, together, names, x).chunk(len(names), dim=-1)
+    return tuple(_linear(weights, name, x) for name in names)

@@ -11,7 +11,6 @@ import torch
 from ..checkpoints.lora import LoraChoice, LowRank
 from ..checkpoints.stored import StoredTensor
 from .packing import Spec
-from .reading import TensorReader
 
 DOWN, UP = "lora_A", "lora_B"
 
@@ -38,23 +37,31 @@ class Adapters:
         rank = sum(low.rank for low, _ in self._low_ranks(weight)) if weight in self._matrices else 0
         return {DOWN: Spec((rank, shape[1]), dtype), UP: Spec((shape[0], rank), dtype)} if rank else {}
 
-    def low_rank(self, weight: str, dtype: torch.dtype, reader: TensorReader, device: torch.device) -> dict[str, torch.Tensor]:
-        """The tensors of :meth:`specs`: [R, in], and [out, R] with strengths and factors."""
-        downs, ups = [], []
-        for low, strength in self._low_ranks(weight):
-            downs.append(_wide(reader, low.down, device))
-            ups.append(_wide(reader, low.up, device) * (strength * low.factor))
+    def low_rank_sources(self, weight: str) -> list[StoredTensor]:
+        """What must be read for :meth:`low_rank`."""
+        return [tensor for low, _ in self._low_ranks(weight) for tensor in (low.down, low.up)]
+
+    def low_rank(self, weight: str, dtype: torch.dtype, raws: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of :meth:`specs`, of those that were read: [R, in], and [out, R] with strengths and factors."""
+        pairs = list(zip(raws[::2], raws[1::2], self._low_ranks(weight), strict=True))
+        downs = [_wide(down) for down, _, _ in pairs]
+        ups = [_wide(up) * (strength * low.factor) for _, up, (low, strength) in pairs]
         return {DOWN: torch.cat(downs).to(dtype), UP: torch.cat(ups, dim=1).to(dtype)}
 
-    def merge(self, weight: str, values: torch.Tensor, reader: TensorReader) -> torch.Tensor:
+    def merged_sources(self, weight: str) -> list[StoredTensor]:
+        """What must be read for :meth:`merge`."""
+        differences = [stored for stored, _ in self._differences(weight)]
+        return differences if weight in self._matrices else [*differences, *self.low_rank_sources(weight)]
+
+    def merge(self, weight: str, values: torch.Tensor, raws: Sequence[torch.Tensor]) -> torch.Tensor:
         """A parameter with what is added to its own values; float32, on the device of ``values``."""
-        values = values.float()
-        for stored, strength in self._differences(weight):
-            values = values + strength * _wide(reader, stored, values.device).reshape(values.shape)
+        values, left = values.float(), list(raws)
+        for _, strength in self._differences(weight):
+            values = values + strength * _wide(left.pop(0)).reshape(values.shape)
         if weight not in self._matrices:
             for low, strength in self._low_ranks(weight):
-                added = _wide(reader, low.up, values.device) @ _wide(reader, low.down, values.device)
-                values = values + (strength * low.factor) * added.reshape(values.shape)
+                down, up = _wide(left.pop(0)), _wide(left.pop(0))
+                values = values + (strength * low.factor) * (up @ down).reshape(values.shape)
         return values
 
     def _differences(self, weight: str) -> Iterator[tuple[StoredTensor, float]]:
@@ -69,7 +76,7 @@ class Adapters:
                 yield choice.file.low_rank[module], choice.strength
 
 
-def _wide(reader: TensorReader, stored: StoredTensor, device: torch.device) -> torch.Tensor:
+def _wide(values: torch.Tensor) -> torch.Tensor:
     """A LoRA's matrix in float32; a convolution's as one, its kernel in the rows. Vectors stay what they are."""
-    values = reader.on_device(stored, device).float()
+    values = values.float()
     return values.flatten(1) if values.ndim > 2 else values

@@ -130,8 +130,13 @@ class Expert:
 
     @property
     def widened_bytes(self) -> int:
-        """What stands beside the largest matrix in few bits while it is multiplied."""
-        elements = self._keeper.largest_elements()
+        """What stands beside the largest matrix that is kept in few bits, or that a LoRA is added to, while it is multiplied."""
+        return self.widened_bytes_with(None)
+
+    def widened_bytes_with(self, loras: Sequence[LoraChoice] | None) -> int:
+        """As :attr:`widened_bytes`, with other LoRAs than those in use."""
+        adapters = self._adapters if loras is None else Adapters(loras, self._keeper.matrices)
+        elements = self._keeper.largest_elements(every=bool(adapters.key))
         has_gguf = any(form.gguf_type for form in self._keeper.low_precision.values())
         return elements * self.precision.dtype.itemsize + (min(GGUF_CHUNK_BYTES, 20 * elements) if has_gguf else 0)
 

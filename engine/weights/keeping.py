@@ -4,7 +4,7 @@ Knows files, precisions and LoRAs; not where parts live.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,11 @@ from ..transformer.low_precision import quantized_rows, widened_gguf, widened_ro
 from .adapters import Adapters
 from .packing import Layout, Spec
 from .precision import Form, Precision, block_matrices, parameter_forms, scale_name, stored_dtype
-from .reading import TensorReader
+from .reading import TensorReader, raw_shape
 
 CPU = torch.device("cpu")
+# What is read to be converted, at most at a time; a single matrix may be more.
+BATCH_BYTES = 64 * 1024**2
 Tensors = dict[str, torch.Tensor]
 
 
@@ -33,17 +35,21 @@ def _beside(name: str, other: str) -> str:
 
 @dataclass(frozen=True)
 class _Step:
-    """Something to be read: as the file has it, or made of what it has.
+    """Something that is kept, and what it is made of.
 
     Attributes:
         name: of the tensor in memory, inside its part.
-        straight: what is copied byte for byte.
-        made: makes tensors on a device, by name.
+        sources: what is read for it.
+        made: makes the tensors, by name, of what was read; ``None`` where the one source is kept byte for byte.
     """
 
     name: str
-    straight: StoredTensor | None
-    made: Callable[[torch.device], Tensors] | None = None
+    sources: tuple[StoredTensor, ...]
+    made: Callable[[list[torch.Tensor]], Tensors] | None = None
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(source.size_bytes for source in self.sources)
 
 
 class Keeper:
@@ -129,71 +135,107 @@ class Keeper:
             convert_on: the device that converts; the work is queued there.
             only_added: read only what stands beside matrices whose own values stay.
         """
-        steps = list(self._steps(part, names, adapters, only_added=only_added))
-        self.reader.read_into([(step.straight, flat[layout.span(step.name)]) for step in steps if step.straight is not None])
-        for step in steps:
-            if step.made is not None:
-                for name, tensor in step.made(convert_on).items():
+        for steps in _batches(self._steps(part, names, adapters, convert_on, only_added=only_added)):
+            raws = {source: self._room_for(source, convert_on) for step in steps if step.made for source in step.sources}
+            straight = [(step.sources[0], flat[layout.span(step.name)]) for step in steps if step.made is None]
+            self.reader.read_into([*straight, *((source, room.reshape(-1).view(torch.uint8)) for source, room in raws.items())])
+            for step in steps:
+                for name, tensor in step.made([raws[source] for source in step.sources]).items() if step.made else ():
                     layout.view(flat, name).copy_(tensor, non_blocking=True)
+
+    @staticmethod
+    def _room_for(source: StoredTensor, device: torch.device) -> torch.Tensor:
+        return torch.empty(raw_shape(source), dtype=stored_dtype(source), device=device)
 
     def loose(self, part: str, names: Sequence[str], adapters: Adapters, convert_on: torch.device) -> Tensors:
         """Parameters as tensors of the CPU, which are the mapped file where it has them as they are kept."""
         found: Tensors = {}
-        for step in self._steps(part, names, adapters):
-            if step.straight is not None:
-                found[step.name] = self.reader.mapped(step.straight)
-            elif step.made is not None:
-                found.update({name: tensor.to(CPU) for name, tensor in step.made(convert_on).items()})
+        for step in self._steps(part, names, adapters, convert_on):
+            if step.made is None:
+                found[step.name] = self.reader.mapped(step.sources[0])
+            else:
+                made = step.made([self.reader.mapped(source).to(convert_on) for source in step.sources])
+                found.update({name: tensor.to(CPU) for name, tensor in made.items()})
         return found
 
-    def _steps(self, part: str, names: Sequence[str], adapters: Adapters, *, only_added: bool = False) -> Iterator[_Step]:
+    def _steps(
+        self, part: str, names: Sequence[str], adapters: Adapters, device: torch.device, *, only_added: bool = False
+    ) -> Iterator[_Step]:
         for full in names:
             name, stored, form = inside(part, full), self._stored[full], self.form(full, adapters)
             if not only_added or full not in self.matrices or adapters.merged(full):
-                yield from self._own_values(full, name, stored, form, adapters)
+                yield from self._own_values(full, name, stored, form, adapters, device)
             if adapters.specs(full, stored.shape, self._precision.dtype):
-                yield _Step(name, None, lambda device, full=full, name=name: self._added(full, name, adapters, device))
+                sources = tuple(adapters.low_rank_sources(full))
+                yield _Step(name, sources, lambda raws, full=full, name=name: self._added(full, name, adapters, raws))
 
-    def _own_values(self, full: str, name: str, stored: StoredTensor, form: Form, adapters: Adapters) -> Iterator[_Step]:
+    def _own_values(
+        self, full: str, name: str, stored: StoredTensor, form: Form, adapters: Adapters, device: torch.device
+    ) -> Iterator[_Step]:
+        scale = () if stored.scale is None else (stored.scale,)
         if not self._as_stored(full, form, adapters):
-            yield _Step(name, None, lambda device: self._converted(full, name, form, adapters, device))
+            added = tuple(adapters.merged_sources(full))
+            yield _Step(name, (stored, *scale, *added), lambda raws: self._converted(full, name, form, adapters, raws))
             return
-        yield _Step(name, stored)
+        yield _Step(name, (stored,))
         if form.scaled:
-            yield _Step(name, None, lambda device: {scale_name(name): self._scale(stored, device)})
+            yield _Step(name, scale, lambda raws: {scale_name(name): _row_scales(stored, raws, device)})
 
-    def _added(self, full: str, name: str, adapters: Adapters, device: torch.device) -> Tensors:
-        found = adapters.low_rank(full, self._precision.dtype, self.reader, device)
+    def _added(self, full: str, name: str, adapters: Adapters, raws: list[torch.Tensor]) -> Tensors:
+        found = adapters.low_rank(full, self._precision.dtype, raws)
         return {_beside(name, other): tensor for other, tensor in found.items()}
 
-    def _scale(self, stored: StoredTensor, device: torch.device) -> torch.Tensor:
-        """Float32 [out, 1]; a file's one scale for all rows is repeated, and none is 1."""
-        rows = stored.shape[0]
-        if stored.scale is None:
-            return torch.ones(rows, 1, device=device)
-        return self.reader.on_device(stored.scale, device).float().reshape(-1, 1).expand(rows, 1)
-
-    def _wide(self, stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The values that a tensor of the file stands for."""
-        raw = self.reader.on_device(stored, device)
-        if stored.gguf_type is not None:
-            return widened_gguf(raw, stored.gguf_type, dtype).view(stored.shape)
-        if stored.scale is None:
-            return raw.to(dtype)
-        # A scale may stand beside what is wide already, too.
-        return widened_rows(raw.flatten(1), self._scale(stored, device), dtype).view(stored.shape)
-
-    def _converted(self, full: str, name: str, form: Form, adapters: Adapters, device: torch.device) -> Tensors:
+    def _converted(self, full: str, name: str, form: Form, adapters: Adapters, raws: list[torch.Tensor]) -> Tensors:
+        """A parameter as it is kept, of the file's values, their scale if it has one, and what LoRAs have for it."""
         stored = self._stored[full]
+        own = 1 if stored.scale is None else 2
         if adapters.merged(full):
-            return {name: adapters.merge(full, self._wide(stored, torch.float32, device), self.reader).to(form.dtype)}
+            return {name: adapters.merge(full, _wide(stored, raws[:own], torch.float32), raws[own:]).to(form.dtype)}
         if form.scaled:
             # In the precision of computing, so that files in float32 and in bf16 give the same.
-            values, scale = quantized_rows(self._wide(stored, self._precision.dtype, device), form.dtype)
+            values, scale = quantized_rows(_wide(stored, raws[:own], self._precision.dtype), form.dtype)
             return {name: values, scale_name(name): scale}
-        return {name: self._wide(stored, form.dtype, device)}
+        return {name: _wide(stored, raws[:own], form.dtype)}
 
-    def largest_elements(self) -> int:
-        """Values of the largest matrix that is widened at once: layers of one input are widened as one."""
-        found = [math.prod(self._stored[name].shape) * (3 if name.endswith("attn1.to_q.weight") else 1) for name in self.low_precision]
+    def largest_elements(self, *, every: bool) -> int:
+        """Values of the largest matrix that is made anew to be multiplied: of those in few bits, or of every one.
+
+        Layers of one input are made as one.
+        """
+        names = self.matrices if every else self.low_precision
+        found = [math.prod(self._stored[name].shape) * (3 if name.endswith("attn1.to_q.weight") else 1) for name in names]
         return max(found, default=0)
+
+
+def _batches(steps: Iterable[_Step]) -> Iterator[list[_Step]]:
+    """Steps that are read together: many, but not so much that what they are made of takes much memory beside them."""
+    batch: list[_Step] = []
+    beside = 0
+    for step in steps:
+        size = step.read_bytes if step.made is not None else 0
+        if batch and beside + size > BATCH_BYTES:
+            yield batch
+            batch, beside = [], 0
+        batch.append(step)
+        beside += size
+    if batch:
+        yield batch
+
+
+def _row_scales(stored: StoredTensor, scale: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Float32 [out, 1]; a file's one scale for all rows is repeated, and none is 1."""
+    rows = stored.shape[0]
+    if not scale:
+        return torch.ones(rows, 1, device=device)
+    return scale[0].float().reshape(-1, 1).expand(rows, 1)
+
+
+def _wide(stored: StoredTensor, raws: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The values that a tensor of the file stands for, of what it has and of its scale."""
+    raw, scale = raws[0], raws[1:]
+    if stored.gguf_type is not None:
+        return widened_gguf(raw, stored.gguf_type, dtype).view(stored.shape)
+    if not scale:
+        return raw.to(dtype)
+    # A scale may stand beside what is wide already, too.
+    return widened_rows(raw.flatten(1), _row_scales(stored, scale, raw.device), dtype).view(stored.shape)

@@ -87,14 +87,6 @@ class TensorReader:
         count = stored.size_bytes // dtype.itemsize
         return torch.frombuffer(pages, dtype=dtype, count=count, offset=stored.offset).view(raw_shape(stored))
 
-    def on_device(self, stored: StoredTensor, device: torch.device) -> torch.Tensor:
-        """A copy of a tensor on a device, in the file's dtype; GGUF's bytes as uint8 [out, bytes of a row]."""
-        if device.type != "cuda":
-            return self.mapped(stored).to(device)
-        flat = torch.empty(stored.size_bytes, dtype=torch.uint8, device=device)
-        self.read_into([(stored, flat)])
-        return flat.view(stored_dtype(stored)).view(raw_shape(stored))
-
     def read_into(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> None:
         """Tensors' bytes into memory, each uint8 [size_bytes], on one or several devices.
 

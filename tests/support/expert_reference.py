@@ -13,6 +13,8 @@ from tiny_loras import FACTOR, make_lora, write_lora
 from tiny_single_files import original_name
 from wan_sharded.engine.checkpoints.lora import LoraChoice, open_lora_file
 from wan_sharded.engine.checkpoints.stored import ComponentFiles, StoredTensor
+from wan_sharded.engine.transformer.low_precision import widened_gguf, widened_rows
+from wan_sharded.engine.weights.expert import NOWHERE, Expert
 from wan_sharded.engine.weights.reading import TensorReader
 
 Values = dict[str, torch.Tensor]
@@ -50,12 +52,10 @@ def _safetensors_values(path: Path) -> Values:
 
 def diffusers_model(config: Mapping[str, Any], values: Values, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
     """Diffusers' model with these weights, as ``from_pretrained(torch_dtype=dtype)`` would give it."""
-    model = empty_model(config).to_empty(device="cpu")
-    model.load_state_dict({name: value.float() for name, value in values.items()})
+    model = empty_model(config)
     exceptions = set(model._keep_in_fp32_modules)
-    for name, parameter in model.named_parameters():
-        if not exceptions.intersection(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
+    rounded = {name: value if exceptions.intersection(name.split(".")) else value.to(dtype) for name, value in values.items()}
+    model.load_state_dict(rounded, assign=True)
     model.rope = type(model.rope)(model.rope.attention_head_dim, model.rope.patch_size, model.rope.max_seq_len)  # its tables were nowhere
     return model.requires_grad_(False)
 
@@ -63,6 +63,37 @@ def diffusers_model(config: Mapping[str, Any], values: Values, dtype: torch.dtyp
 def output(model: Callable[..., Any], given: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     with torch.inference_mode():
         return model(**{k: v.to(dtype) if k != "timestep" else v for k, v in given.items()}, return_dict=False)[0].float()
+
+
+# ---- what an expert holds
+
+
+def held(expert: Expert) -> Values:
+    """Every parameter that is somewhere, and what stands beside some, with its full name; on the host."""
+    return {name: parameter.data.cpu() for name, parameter in expert.model.named_parameters() if parameter.device != NOWHERE}
+
+
+def in_use(expert: Expert, dtype: torch.dtype) -> Values:
+    """Every parameter that is somewhere as a forward without LoRAs uses it."""
+    found, parameters = {}, held(expert)
+    for name in expert.files.tensors.keys() & parameters.keys():
+        part, inside = ".".join(name.split(".")[:2]), name.split(".", 2)[-1]
+        weight, scale = parameters[name], parameters.get(f"{name}_scale")
+        gguf_type = expert.block_weights(part).get(f"{inside}.gguf") if part.startswith("blocks.") else None
+        if gguf_type is not None:
+            found[name] = widened_gguf(weight, gguf_type, dtype)
+        else:
+            found[name] = weight if scale is None else widened_rows(weight, scale, dtype)
+    return found
+
+
+def same_bits(one: Values, other: Values) -> bool:
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(-1).contiguous().view(torch.uint8)
+
+    return one.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype and torch.equal(bits(tensor), bits(other[name])) for name, tensor in one.items()
+    )
 
 
 # ---- LoRAs
@@ -106,16 +137,18 @@ def shapes_of(files: ComponentFiles) -> dict[str, tuple[int, ...]]:
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[StoredTensor]:
-    """A list that every tensor is added to, each time it is read: as pages of the file, or into memory."""
+    """A list that every tensor is added to, each time it is read: as pages of the file, which imagined GPUs are given too, or into memory."""
     found: list[StoredTensor] = []
+    mapped, read_into = TensorReader.mapped, TensorReader.read_into
 
-    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
-        def read(reader: TensorReader, stored: StoredTensor, *arguments: Any) -> Any:
-            found.append(stored)
-            return real(reader, stored, *arguments)
+    def watched_mapped(reader: TensorReader, stored: StoredTensor) -> torch.Tensor:
+        found.append(stored)
+        return mapped(reader, stored)
 
-        return read
+    def watched_read(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]]) -> None:
+        found.extend(stored for stored, target in wanted if target.device.type == "cpu")
+        read_into(reader, wanted)
 
-    for way in ("mapped", "_read"):
-        monkeypatch.setattr(TensorReader, way, watched(getattr(TensorReader, way)))
+    monkeypatch.setattr(TensorReader, "mapped", watched_mapped)
+    monkeypatch.setattr(TensorReader, "read_into", watched_read)
     return found

@@ -4,12 +4,13 @@ What goes through page-locked buffers to a real GPU is in tests/gpu/test_single_
 """
 
 import os
-import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from imagined_gpus import ImaginedGpus
 from wan_sharded.engine.checkpoints.stored import StoredTensor
 from wan_sharded.engine.errors import CheckpointError, UnsupportedError
 from wan_sharded.engine.weights import reading
-from wan_sharded.engine.weights.reading import THREADS, TensorReader, raw_shape
+from wan_sharded.engine.weights.reading import TensorReader, raw_shape
 
 CPU, LAZY = torch.device("cpu"), torch.device("lazy:0")
 DTYPES = {
@@ -55,13 +56,13 @@ def stored_in(path: Path, content: torch.Tensor, dtype: str = "U8", shape: tuple
 def read_all(reader: TensorReader, stored: StoredTensor) -> list[torch.Tensor]:
     """In every way, to the CPU and to an imagined GPU."""
     into = torch.full((stored.size_bytes + 2,), 0xAA, dtype=torch.uint8)
-    reader.read_into(stored, into[1:-1])
+    reader.read_into([(stored, into[1:-1])])
     assert into[0] == into[-1] == 0xAA, "nobody else's bytes"
     mapped = reader.mapped(stored)
     into = into[1:-1].clone().view(mapped.dtype).view(mapped.shape) if mapped.numel() else torch.empty_like(mapped)
     with ImaginedGpus():
         there = torch.empty(stored.size_bytes, dtype=torch.uint8, device=LAZY)
-        reader.read_into(stored, there)
+        reader.read_into([(stored, there)])
         moved = reader.on_device(stored, LAZY)
         assert moved.device == LAZY
         found = [mapped, reader.on_device(stored, CPU), into, moved.cpu()]
@@ -109,7 +110,7 @@ def test_writing_does_not_change_the_file(reader: TensorReader, tmp_path: Path) 
     before = stored.file.read_bytes()
     reader.on_device(stored, CPU).clone().zero_()
     target = torch.empty(64, dtype=torch.uint8)
-    reader.read_into(stored, target)
+    reader.read_into([(stored, target)])
     target.zero_()
     assert stored.file.read_bytes() == before and torch.equal(reader.mapped(stored), any_bytes(64))
 
@@ -141,20 +142,65 @@ def test_more_than_a_piece(reader: TensorReader, tmp_path: Path, size: int) -> N
             assert torch.equal(got, content)
 
 
-def test_pieces_are_read_by_several_threads(reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, threads, barrier = reading._read_piece, set(), threading.Barrier(THREADS)
+def test_many_tensors_at_once(reader: TensorReader, tmp_path: Path) -> None:
+    """To the host and to imagined GPUs, of several files, large ones among small and empty ones."""
+    sizes = [7, 3 * PIECE + 1, 0, PIECE, 1, 12 * PIECE, 999] * 3
+    wanted = [stored_in(tmp_path / f"{i}", any_bytes(size, i), offset=i) for i, size in enumerate(sizes)]
+    with ImaginedGpus():
+        targets = [torch.empty(size, dtype=torch.uint8, device=LAZY if i % 2 else CPU) for i, size in enumerate(sizes)]
+        reader.read_into(list(zip(wanted, targets, strict=True)))
+        for i, (size, target) in enumerate(zip(sizes, targets, strict=True)):
+            assert torch.equal(target.cpu(), any_bytes(size, i)), i
+    reader.read_into([])
 
-    def together(*arguments: object) -> None:
-        if threading.get_ident() not in threads:
+
+class WatchedFile:
+    """A file that calls ``before(offset)`` before each time that it is read from."""
+
+    def __init__(self, file: Any, before: Callable[[int], None]):
+        self._file, self._before = file, before
+
+    def __enter__(self) -> "WatchedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def seek(self, offset: int) -> None:
+        self._file.seek(offset)
+
+    def readinto(self, target: Any) -> int:
+        self._before(self._file.tell())
+        return self._file.readinto(target)
+
+
+class WatchedPath(type(Path())):  # type: ignore[misc]
+    """A path whose files are watched by a function of the class's."""
+
+    before: Callable[[int], None]
+
+    def open(self, *arguments: Any, **options: Any) -> Any:
+        return WatchedFile(super().open(*arguments, **options), type(self).before)
+
+
+def watched(stored: StoredTensor, before: Callable[[int], None]) -> StoredTensor:
+    path = type("Watched", (WatchedPath,), {"before": staticmethod(before)})
+    return replace(stored, file=path(stored.file))
+
+
+def test_pieces_are_read_by_several_threads(reader: TensorReader, tmp_path: Path) -> None:
+    count = min(2, reading.THREADS)
+    threads, barrier = set(), threading.Barrier(count)
+
+    def together(offset: int) -> None:
+        if threading.get_ident() not in threads and len(threads) < count:
             threads.add(threading.get_ident())
             barrier.wait(timeout=30)
-        real(*arguments)
 
-    monkeypatch.setattr(reading, "_read_piece", together)
-    content = any_bytes(THREADS * PIECE)
+    content = any_bytes(8 * PIECE)
     target = torch.empty(content.numel(), dtype=torch.uint8)
-    reader.read_into(stored_in(tmp_path / "a", content), target)
-    assert len(threads) == THREADS and torch.equal(target, content)
+    reader.read_into([(watched(stored_in(tmp_path / "a", content), together), target)])
+    assert len(threads) == count and torch.equal(target, content)
 
 
 def names_of_threads() -> list[str]:
@@ -165,11 +211,11 @@ def test_threads_are_there_only_while_they_are_used(tmp_path: Path) -> None:
     reader = TensorReader()
     small, large = (stored_in(tmp_path / str(size), any_bytes(size)) for size in (PIECE, 5 * PIECE))
     for _ in range(2):  # closing is no end
-        reader.read_into(small, torch.empty(PIECE, dtype=torch.uint8))
+        reader.read_into([(small, torch.empty(PIECE, dtype=torch.uint8))])
         assert names_of_threads() == [], "one piece needs none"
         target = torch.zeros(5 * PIECE, dtype=torch.uint8)
-        reader.read_into(large, target)
-        assert torch.equal(target, any_bytes(5 * PIECE)) and 0 < len(names_of_threads()) <= THREADS
+        reader.read_into([(large, target)])
+        assert torch.equal(target, any_bytes(5 * PIECE)) and 0 < len(names_of_threads()) <= reading.THREADS
         reader.close()
         assert names_of_threads() == []
         reader.close()
@@ -211,54 +257,51 @@ def test_files_that_changed(reader: TensorReader, tmp_path: Path, change: str, s
             "mapped": lambda: reader.mapped(bad),
             "on_device": lambda: reader.on_device(bad, CPU),
             "to a GPU": lambda: reader.on_device(bad, LAZY),
-            "read_into": lambda: reader.read_into(bad, target),
-            "read_into a GPU": lambda: reader.read_into(bad, there),
+            "read_into": lambda: reader.read_into([(bad, target)]),
+            "read_into a GPU": lambda: reader.read_into([(bad, there)]),
         }
         for way in ways.values():
             with pytest.raises(CheckpointError, match=r"bad\.safetensors could not be read .*Download it again\."):
                 way()
-    reader.read_into(good, target)
+    reader.read_into([(good, target)])
     assert torch.equal(target, any_bytes(size, 0))
 
 
-def test_nothing_is_written_after_the_failure(reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_after_the_failure(reader: TensorReader, tmp_path: Path) -> None:
     """The memory may be another tensor's by then. The first piece fails at once; the others are slow, and work."""
-    real, under_way = reading._read_piece, []
+    under_way = 0
+    lock = threading.Lock()
 
-    def slow(path: Path, offset: int, target: memoryview) -> None:
+    def slow(offset: int) -> None:
+        nonlocal under_way
         if offset == 0:
-            raise CheckpointError("bad luck")
-        under_way.append(offset)
+            raise OSError("bad luck")
+        with lock:
+            under_way += 1
         time.sleep(0.05)
-        real(path, offset, target)
-        under_way.remove(offset)
+        with lock:
+            under_way -= 1
 
-    monkeypatch.setattr(reading, "_read_piece", slow)
     target = torch.zeros(10 * PIECE, dtype=torch.uint8)
-    with pytest.raises(CheckpointError, match="bad luck"):
-        reader.read_into(stored_in(tmp_path / "a", any_bytes(10 * PIECE)), target)
-    assert under_way == []
+    with pytest.raises(CheckpointError, match=r"slow\.bin could not be read \(bad luck\)"):
+        reader.read_into([(watched(stored_in(tmp_path / "slow.bin", any_bytes(10 * PIECE)), slow), target)])
+    assert under_way == 0
     target.fill_(0xAA)
-    time.sleep(0.1)
+    time.sleep(0.15)
     assert bool((target == 0xAA).all())
 
 
-def test_the_end_goes_missing_while_it_is_read(reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_goes_missing_while_it_is_read(reader: TensorReader, tmp_path: Path) -> None:
     """As when a download is started over: the first pieces are read, the last ones are not there any more."""
     stored = stored_in(tmp_path / "vanishing.safetensors", any_bytes(20 * PIECE))
-    real, cut = reading._read_piece, threading.Event()
 
-    def cutting(path: Path, offset: int, target: memoryview) -> None:
-        if offset >= 10 * PIECE and not cut.is_set():
-            os.truncate(path, 10 * PIECE)
-            cut.set()
-        real(path, offset, target)
+    def cut(offset: int) -> None:
+        if offset >= 10 * PIECE:
+            os.truncate(stored.file, 10 * PIECE)
 
-    monkeypatch.setattr(reading, "_read_piece", cutting)
-    with pytest.raises(CheckpointError, match=r"vanishing\.safetensors could not be read \(it has become shorter\)"):
-        reader.read_into(stored, torch.empty(20 * PIECE, dtype=torch.uint8))
-    assert cut.is_set()
-    shutil.copy(stored_in(tmp_path / "whole", any_bytes(20 * PIECE)).file, stored.file)
     target = torch.empty(20 * PIECE, dtype=torch.uint8)
-    reader.read_into(stored, target)
+    with pytest.raises(CheckpointError, match=r"vanishing\.safetensors could not be read \(it has become shorter\)"):
+        reader.read_into([(watched(stored, cut), target)])
+    stored_in(stored.file, any_bytes(20 * PIECE))
+    reader.read_into([(stored, target)])
     assert torch.equal(target, any_bytes(20 * PIECE)), "once it is there again"
