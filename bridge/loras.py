@@ -2,14 +2,13 @@
 
 import logging
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
 
-from ..engine import ModelHandle
+from ..engine import ModelHandle, with_loras
 from ..engine.checkpoints.assemble import closest
-from ..engine.checkpoints.lora import LoraChoice, LoraFile, check_fits, open_lora_file
+from ..engine.checkpoints.lora import LoraFile
 from ..engine.checkpoints.pairing import noise_level
 from ..engine.checkpoints.stored import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE, fingerprint_of
 from ..engine.errors import CheckpointError, InvalidRequestError
@@ -40,7 +39,7 @@ def add_loras(
         WanShardedError: a file is missing, damaged, no LoRA for Wan 2.2, or meant for the other expert; with the remedy.
     """
     chosen = {HIGH_NOISE: (high_noise_lora, high_noise_strength), LOW_NOISE: (low_noise_lora, low_noise_strength)}
-    loras, lines = dict(handle.loras), list[str]()
+    lines: list[str] = []
     for part, (name, strength) in chosen.items():
         path = _path(part, name)
         if not math.isfinite(strength):
@@ -50,11 +49,9 @@ def add_loras(
         if strength == 0:
             lines.append(f"{EXPERT_WORDS[part].capitalize()}: {name} has a strength of 0 and is left out.")
             continue
-        file = open_lora_file(path)
-        check_fits(file, {key: stored.shape for key, stored in handle.model.experts[part].tensors.items()}, EXPERT_WORDS[part])
-        loras[part] = (*loras.get(part, ()), LoraChoice(file, strength))
-        lines += _report(part, name, strength, file)
-    return replace(handle, loras=loras), "\n".join(lines) or "No LoRA is chosen: the model is as it was."
+        handle = with_loras(handle, **{f"{_LEVELS[part]}_noise": [(path, strength)]})
+        lines += _report(part, name, strength, handle.loras[part][-1].file)
+    return handle, "\n".join(lines) or "No LoRA is chosen: the model is as it was."
 
 
 def fingerprint(*names: str | None) -> str:

@@ -15,7 +15,7 @@ environment.prepare()  # before anything here imports torch
 if TYPE_CHECKING:
     from .api import IMAGE_TO_VIDEO, OWNER, generate
     from .errors import WanShardedError
-    from .handle import ModelHandle, open_model
+    from .handle import ModelHandle, open_model, with_loras
     from .pipeline.callbacks import Callbacks, StepReport
     from .pipeline.image_to_video import VideoResult
     from .pipeline.request import ImageToVideoRequest, as_picture, fit_size
@@ -28,6 +28,7 @@ _HOMES = {
     "WanShardedError": ".errors",
     "ModelHandle": ".handle",
     "open_model": ".handle",
+    "with_loras": ".handle",
     "Callbacks": ".pipeline.callbacks",
     "StepReport": ".pipeline.callbacks",
     "VideoResult": ".pipeline.image_to_video",
@@ -50,6 +51,7 @@ __all__ = [
     "fit_size",
     "generate",
     "open_model",
+    "with_loras",
     "write_video",
 ]
 

@@ -1,19 +1,24 @@
 """What the ``WAN_SHARDED_MODEL`` socket carries: a description of what to load, a few hundred bytes."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .checkpoints.assemble import assemble_model, with_partner
 from .checkpoints.diffusers_folder import open_diffusers_folder
 from .checkpoints.hub import OnProgress, cached_folder, download_model, is_hub_id
-from .checkpoints.lora import LoraChoice
-from .checkpoints.stored import ModelFiles
-from .errors import InvalidRequestError
+from .checkpoints.lora import LoraChoice, check_fits, open_lora_file
+from .checkpoints.pairing import noise_level
+from .checkpoints.stored import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE, ModelFiles
+from .errors import CheckpointError, InvalidRequestError
 from .planning.placement import DEVICE_MAPS, OFFLOADS
 from .weights.precision import WEIGHT_DTYPES
 
 EXECUTIONS = ("auto", "parallel", "sequential")
+# A LoRA's file, and how strongly it is added.
+Lora = tuple[str | Path, float]
+_LEVELS = {HIGH_NOISE: "high", LOW_NOISE: "low"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,42 @@ def open_model(
         files = assemble_model(whole, high_noise=high, low_noise=low, text_encoder=encoder, vae=vae_file)
     files = replace(files, notes=(*files.notes, *notes))
     return ModelHandle(files, weight_dtype, device_map, execution, offload, dict(max_memory_gib or {}), node_id=node_id)
+
+
+def with_loras(handle: ModelHandle, *, high_noise: Iterable[Lora] = (), low_noise: Iterable[Lora] = ()) -> ModelHandle:
+    """A model with LoRAs, behind those it has already; checks the files, loads no weights.
+
+    Args:
+        handle: from :func:`open_model`; stays what it is.
+        high_noise: safetensors files for the high noise expert, each with its strength: 1 as it was trained, 0 not at all.
+        low_noise: the same for the low noise expert.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, no LoRA that fits the expert, or named as the other expert's; with the remedy.
+        InvalidRequestError: a strength is no number.
+    """
+    loras = dict(handle.loras)
+    for part, chosen in ((HIGH_NOISE, high_noise), (LOW_NOISE, low_noise)):
+        shapes = {name: stored.shape for name, stored in handle.model.experts[part].tensors.items()}
+        for path, strength in chosen:
+            file = Path(path)
+            _check_lora_choice(file, strength, part)
+            if strength:
+                lora = open_lora_file(file)
+                check_fits(lora, shapes, EXPERT_WORDS[part])
+                loras[part] = (*loras.get(part, ()), LoraChoice(lora, strength))
+    return replace(handle, loras=loras)
+
+
+def _check_lora_choice(file: Path, strength: float, part: str) -> None:
+    if not math.isfinite(strength):
+        raise InvalidRequestError(f"The strength of {file.name} is {strength}; choose a number, 1 is usual.")
+    level = noise_level(file.name)
+    if level is not None and level != _LEVELS[part]:
+        raise CheckpointError(
+            f"{file.name} is given for the {EXPERT_WORDS[part]}, but its name says that it is for the {level} noise expert. Give it as "
+            f"{level}_noise. If it is meant for both, give the file a name without {level!r}."
+        )
 
 
 def _model_folder(model: str, has_experts: bool, on_download: OnProgress | None) -> Path | None:

@@ -16,6 +16,13 @@ LOADER_REQUIRED = {
     "execution": "COMBO",
     "offload": "COMBO",
 }
+LORA_REQUIRED = {
+    "model": "WAN_SHARDED_MODEL",
+    "high_noise_lora": "COMBO",
+    "high_noise_strength": "FLOAT",
+    "low_noise_lora": "COMBO",
+    "low_noise_strength": "FLOAT",
+}
 SAMPLER_REQUIRED = {
     "model": "WAN_SHARDED_MODEL",
     "image": "IMAGE",
@@ -49,11 +56,13 @@ EXPORT_REQUIRED = {
 }
 CONTRACT = {
     "WanShardedLoader": (LOADER_REQUIRED, {f"gpu{index}_gb": "FLOAT" for index in range(8)}, ["WAN_SHARDED_MODEL"]),
+    "WanShardedLora": (LORA_REQUIRED, {}, ["WAN_SHARDED_MODEL"]),
     "WanShardedI2VSampler": (SAMPLER_REQUIRED, SAMPLER_OPTIONAL, ["IMAGE", "LATENT"]),
     "WanShardedVideoExport": (EXPORT_REQUIRED, {"audio": "AUDIO"}, ["VIDEO", "STRING"]),
 }
 DEFAULTS = {
     "WanShardedLoader": {"device_map": "balanced", "weight_dtype": "default", "execution": "auto", "offload": "auto", "gpu0_gb": 0.0},
+    "WanShardedLora": {"high_noise_lora": "none", "high_noise_strength": 1.0, "low_noise_lora": "none", "low_noise_strength": 1.0},
     "WanShardedI2VSampler": {"width": 832, "height": 480, "length": 81, "steps": 20, "cfg": 3.5, "shift": 5.0, "boundary": 0.9},
     "WanShardedVideoExport": {"fps": 16.0},
 }

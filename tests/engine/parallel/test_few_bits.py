@@ -1,0 +1,129 @@
+"""Which workers multiply weights of few bits as they are: decided by measuring, for each of them, on the first blocks of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from crews import cpu_workers, crew_of, expert_of, inputs, on_cpu, relative
+from wan_sharded.engine.parallel import forward as forward_module
+from wan_sharded.engine.parallel.forward import ParallelForward
+from wan_sharded.engine.parallel.functions import BlockFunctions
+from wan_sharded.engine.weights.expert import Expert
+from wan_sharded.engine.weights.precision import Precision
+
+INT8 = Precision(torch.bfloat16, torch.int8)
+BF16 = Precision(torch.bfloat16, torch.bfloat16)
+
+
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Workers that are said to have products of few bits; all of them on the CPU, which really multiplies int8."""
+    indices = {0, 1}
+    monkeypatch.setattr(forward_module.probe, "multiplies_few_bits", lambda device, dtype: dtype == torch.int8)
+    real = ParallelForward._may_multiply_few_bits
+    monkeypatch.setattr(ParallelForward, "_may_multiply_few_bits", lambda self, share: share.worker.index in indices and real(self, share))
+    return indices
+
+
+class Told(list):
+    """A time that was told, not measured."""
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """Worker index -> what products of few bits take of the time that widening does, whatever the clock says."""
+    shares = {0: 0.8, 1: 0.8}
+    first_blocks, seconds = ParallelForward._first_blocks, forward_module.busy_seconds
+
+    def told(self: ParallelForward, given: list) -> tuple:
+        states, added = first_blocks(self, given)
+        for state in states:
+            state.timed = Told([shares[state.worker.index] if state.share.multiply_few_bits else 1.0])
+        return states, added
+
+    monkeypatch.setattr(ParallelForward, "_first_blocks", told)
+    monkeypatch.setattr(forward_module, "busy_seconds", lambda blocks: blocks[0] if isinstance(blocks, Told) else seconds(blocks))
+    return shares
+
+
+@pytest.fixture
+def expert(make_checkpoint: Callable[..., Path]) -> Callable[[Precision], Expert]:
+    checkpoint = make_checkpoint(num_heads=8, num_blocks=4, dtype=torch.bfloat16)
+    return lambda precision: on_cpu(expert_of(checkpoint, precision), packed=True)
+
+
+def given() -> dict:
+    """105 tokens and a short text, in bf16."""
+    made = inputs(channels=36, frames=3, size=(10, 14))
+    return {name: tensor.bfloat16() if name != "timestep" else tensor for name, tensor in made.items()}
+
+
+def run(expert: Expert, *, compiled: bool = True, fixed: bool | None = None) -> tuple[list[bool | None], torch.Tensor, ParallelForward]:
+    """A first forward of two workers: what each does with few bits, and the output."""
+    functions = BlockFunctions(expert.math)
+    if compiled:  # what a compiler would make computes the same
+        functions.compiled = True
+        functions._compiled = {name: getattr(expert.math, name) for name in ("project", "project_into", "finish")}
+    crew = crew_of(cpu_workers(2), timed=False)
+    for share in crew.shares:
+        share.multiply_few_bits = fixed
+    forward = ParallelForward(expert, crew, functions, forwards_left=lambda: 10**9)
+    with torch.inference_mode():
+        output = forward(**given(), return_dict=False)[0]
+    return [share.multiply_few_bits for share in crew.shares], output, forward
+
+
+def test_faster_and_near_enough(able: set[int], saved: dict[int, float], expert: Callable[[Precision], Expert]) -> None:
+    chosen, output, forward = run(expert(INT8))
+    assert chosen == [True, True]
+    _, widened, _ = run(expert(INT8), fixed=False)
+    assert 1e-3 < relative(output, widened) < 0.1, "other products, nearly the same output"
+    with torch.inference_mode():
+        again = forward(**given(), return_dict=False)[0]
+    assert relative(again, output) < 0.02, "and so it stays"
+
+
+def test_each_by_its_own_ability(able: set[int], saved: dict[int, float], expert: Callable[[Precision], Expert]) -> None:
+    able.remove(1)
+    chosen, output, _ = run(expert(INT8))
+    assert chosen == [True, None]
+    saved.update({0: 1.1, 1: 0.5})
+    able.add(1)
+    assert run(expert(INT8))[0] == [False, True]
+    assert bool(torch.isfinite(output).all())
+
+
+def test_what_is_not_faster_is_widened(able: set[int], saved: dict[int, float], expert: Callable[[Precision], Expert]) -> None:
+    saved.update({0: 0.99, 1: 1.5})
+    chosen, output, _ = run(expert(INT8))
+    assert chosen == [False, False]
+    assert torch.equal(output, run(expert(INT8), fixed=False)[1])
+
+
+def test_what_is_too_far_off_is_widened(
+    able: set[int], saved: dict[int, float], expert: Callable[[Precision], Expert], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a model whose activations have a few values far larger than all others."""
+    monkeypatch.setitem(forward_module.FEW_BITS_ERROR, torch.int8, 1e-4)
+    chosen, output, _ = run(expert(INT8))
+    assert chosen == [False, False]
+    assert torch.equal(output, run(expert(INT8), fixed=False)[1])
+
+
+@pytest.mark.parametrize(
+    ("precision", "compiled"),
+    [(BF16, True), (INT8, False), (Precision(torch.float32, torch.int8), True)],
+    ids=["plain weights", "not compiled", "float32"],
+)
+def test_where_it_is_not_considered(
+    able: set[int], saved: dict[int, float], expert: Callable[[Precision], Expert], precision: Precision, compiled: bool
+) -> None:
+    if precision.dtype == torch.float32:
+        one = expert(precision)
+        functions = BlockFunctions(one.math)
+        functions.compiled = True
+        forward = ParallelForward(one, crew_of(cpu_workers(2), timed=False), functions, forwards_left=lambda: 10**9)
+        assert not any(forward._may_multiply_few_bits(share) for share in forward._crew.shares)
+    else:
+        assert run(expert(precision), compiled=compiled)[0] == [None, None]
