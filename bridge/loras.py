@@ -95,7 +95,7 @@ def _report(part: str, name: str, strength: float, file: LoraFile) -> list[str]:
     if file.unmatched:
         more = ", ..." if len(file.unmatched) > _NAMED else ""
         lines.append(
-            f"Left out, since a Wan 2.2 expert has no such weights: {', '.join(file.unmatched[:_NAMED])}{more} ({len(file.unmatched)} in all)"
+            f"Left out, since this expert has no weights of that name or shape: {', '.join(file.unmatched[:_NAMED])}{more} ({len(file.unmatched)} in all)"
         )
         logger.warning("Wan Sharded LoRA: %s: %s", name, lines[1])
     return lines

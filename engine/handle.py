@@ -8,7 +8,7 @@ from pathlib import Path
 from .checkpoints.assemble import assemble_model, with_partner
 from .checkpoints.diffusers_folder import open_diffusers_folder
 from .checkpoints.hub import OnProgress, cached_folder, download_model, is_hub_id
-from .checkpoints.lora import LoraChoice, check_fits, open_lora_file
+from .checkpoints.lora import LoraChoice, fitted, open_lora_file
 from .checkpoints.pairing import noise_level
 from .checkpoints.stored import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE, ModelFiles
 from .errors import CheckpointError, InvalidRequestError
@@ -122,8 +122,7 @@ def with_loras(handle: ModelHandle, *, high_noise: Iterable[Lora] = (), low_nois
             file = Path(path)
             _check_lora_choice(file, strength, part)
             if strength:
-                lora = open_lora_file(file)
-                check_fits(lora, shapes, EXPERT_WORDS[part])
+                lora = fitted(open_lora_file(file), shapes, EXPERT_WORDS[part])
                 loras[part] = (*loras.get(part, ()), LoraChoice(lora, strength))
     return replace(handle, loras=loras)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -150,6 +150,31 @@ def check_fits(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]], expert_wor
         shape = _shape_of(lora, shapes, name, expert_words)
         if stored.shape != shape:
             raise _misfit(lora, stored.key, stored.shape, shape, expert_words)
+
+
+def fitted(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]], expert_words: str) -> LoraFile:
+    """A LoRA as one expert can take it.
+
+    LoRAs for text to video are used with image to video as well, whose patch embedding takes more channels: what such a file has for that
+    one weight is left out, and counts as unmatched.
+
+    Args and errors: as for :func:`check_fits`, which everything else must pass.
+    """
+    weight, module = "patch_embedding.weight", "patch_embedding"
+    shape, pair, difference = shapes.get(weight, ()), lora.low_rank.get(module), lora.differences.get(weight)
+    other_channels = (pair is not None and pair.down.elements // pair.rank != math.prod(shape[1:])) or (
+        difference is not None and difference.shape[:1] == shape[:1] and difference.shape != shape
+    )
+    if other_channels:
+        keys = (*((pair.down.key, pair.up.key) if pair else ()), *((difference.key,) if difference else ()))
+        lora = replace(
+            lora,
+            low_rank={name: low for name, low in lora.low_rank.items() if name != module},
+            differences={name: stored for name, stored in lora.differences.items() if name != weight},
+            unmatched=(*lora.unmatched, *keys),
+        )
+    check_fits(lora, shapes, expert_words)
+    return lora
 
 
 def _refuse_other_formats(path: Path) -> None:

@@ -133,7 +133,7 @@ def test_keys_that_fit_nothing_are_named(folder: Path, handle: ModelHandle, capl
     with caplog.at_level(logging.INFO):
         _, text = add(handle, low=PLAIN)
     first = ", ".join(list(image_layers)[:3])
-    assert text.splitlines()[1] == f"Left out, since a Wan 2.2 expert has no such weights: {first}, ... (5 in all)"
+    assert text.splitlines()[1] == f"Left out, since this expert has no weights of that name or shape: {first}, ... (5 in all)"
     assert [record.levelno for record in caplog.records if first in record.message] == [logging.WARNING]
     assert any(PLAIN in record.message and "strength 1" in record.message for record in caplog.records)
 

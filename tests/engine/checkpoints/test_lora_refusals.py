@@ -9,14 +9,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_loras import expert_shapes
-from wan_sharded.engine.checkpoints.lora import check_fits, open_lora_file
+from wan_sharded.engine.checkpoints.lora import check_fits, fitted, open_lora_file
 from wan_sharded.engine.checkpoints.safetensors_header import MAX_HEADER_BYTES
 from wan_sharded.engine.errors import CheckpointError
 
 EXPERT = "high noise expert"
 Q = "diffusion_model.blocks.0.self_attn.q"
 PAIR = {f"{Q}.lora_down.weight": torch.ones(4, 48), f"{Q}.lora_up.weight": torch.ones(48, 4)}
-WAN_14B = {"blocks.0.attn1.to_q.weight": (5120, 5120)}
+WAN_14B = {
+    "blocks.0.attn1.to_q.weight": (5120, 5120),
+    "patch_embedding.weight": (5120, 36, 1, 2, 2),
+    "patch_embedding.bias": (5120,),
+}
 
 
 def refused(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
@@ -211,3 +215,33 @@ def test_what_does_not_fit(misfit: str, shapes: dict[str, tuple[int, ...]], tmp_
     lora = open_lora_file(tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=f"a.safetensors .*{words}.* Choose a LoRA made for Wan 2.2 I2V"):
         check_fits(lora, shapes, EXPERT)
+
+
+PATCH = "diffusion_model.patch_embedding"
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {f"{PATCH}.diff": (5120, 16, 1, 2, 2)},
+        {f"{PATCH}.lora_down.weight": (4, 16, 1, 2, 2), f"{PATCH}.lora_up.weight": (5120, 4, 1, 1, 1)},
+    ],
+    ids=["difference", "pair"],
+)
+def test_a_text_to_video_lora_is_taken_but_for_its_patch_embedding(tmp_path: Path, added: dict[str, tuple[int, ...]]) -> None:
+    """People use them with image to video; only that one weight takes other channels."""
+    tensors = {f"{Q}.lora_down.weight": torch.ones(4, 5120), f"{Q}.lora_up.weight": torch.ones(5120, 4)}
+    save_file({**tensors, **{key: torch.ones(shape) for key, shape in added.items()}}, tmp_path / "a.safetensors")
+    lora = open_lora_file(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="takes 16 channels|patch_embedding"):
+        check_fits(lora, WAN_14B, "low noise expert")
+    taken = fitted(lora, WAN_14B, "low noise expert")
+    assert set(taken.low_rank) == {"blocks.0.attn1.to_q"} and not taken.differences
+    assert set(taken.unmatched) == set(added)
+
+
+def test_a_lora_that_fits_is_taken_whole(tmp_path: Path) -> None:
+    tensors = {f"{PATCH}.lora_down.weight": torch.ones(4, 36, 1, 2, 2), f"{PATCH}.lora_up.weight": torch.ones(5120, 4, 1, 1, 1)}
+    save_file({**tensors, f"{PATCH}.diff_b": torch.ones(5120)}, tmp_path / "a.safetensors")
+    lora = open_lora_file(tmp_path / "a.safetensors")
+    assert fitted(lora, WAN_14B, "high noise expert") == lora

@@ -99,12 +99,10 @@ def test_on_the_cpu(tiny_single_files: Path, form: str, packed: bool) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_wherever_its_blocks_are(tiny_single_files: Path, form: str, gpus: ImaginedGpus) -> None:
+    """All devices at once, and one after the other."""
     path = file_of(tiny_single_files, form)
-    for homes in ([LAZY[1], PACKED, LAZY[0]], [MAPPED, LAZY[0], PACKED]):
-        parallel = in_parallel(expert_in(path), homes)
-        got = output(parallel, GIVEN)
-        assert got.device == CPU and relative(got, expected_of(path)) < ROUNDING
-        got = output(one_after_the_other(expert_in(path), homes), GIVEN)
+    for model in (in_parallel(expert_in(path), [LAZY[1], PACKED, MAPPED]), one_after_the_other(expert_in(path), [MAPPED, LAZY[1], PACKED])):
+        got = output(model, GIVEN)
         assert got.device == CPU and relative(got, expected_of(path)) < ROUNDING
 
 
