@@ -28,7 +28,7 @@ class WanShardedI2VSampler(io.ComfyNode):
             description="Makes a video from a photo and a prompt with both Wan 2.2 experts, high noise first, then low noise.",
             search_aliases=["wan 2.2", "image to video", "i2v", "multi gpu", "first last frame", "flf2v"],
             inputs=[
-                WanShardedModel.Input("model", tooltip="From Wan Sharded Loader."),
+                WanShardedModel.Input("model", tooltip="From Wan Sharded Loader or Wan Sharded LoRA."),
                 io.Image.Input(
                     "image",
                     tooltip="The first frame. Scaled to fill width × height, edges that stick out are cut; of a batch the first picture is used.",
