@@ -17,7 +17,13 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"js/docs/{file.name}" for file in sorted((ROOT / "js" / "docs").glob("*.md")))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/TROUBLESHOOTING.md",
+    *(file.relative_to(ROOT).as_posix() for file in sorted((ROOT / "js" / "docs").rglob("*.md"))),
+]
 
 
 def code_block(language: str) -> str:
