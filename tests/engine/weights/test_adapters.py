@@ -33,7 +33,7 @@ Chosen = tuple[tuple[str, float], ...]
 
 @pytest.fixture(scope="module")
 def loras(tiny_single_files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyLora]:
-    """ "matrices": low rank for every matrix and the embedding of patches; "differences": biases, norms and tables as well, and what is
+    """"matrices": low rank for every matrix and the embedding of patches; "differences": biases, norms and tables as well, and what is
     before and after the blocks as a whole; "few": another rank, for some blocks; "whole": what is added to some matrices of a block as it is.
     """
     folder = tmp_path_factory.mktemp("loras")
@@ -213,13 +213,7 @@ def large_bases(reads: list, expert: Expert) -> set[str]:
 @pytest.mark.parametrize(("form", "choice"), [("original_bf16", "int8"), ("fp8_scaled_old", "default"), ("gguf_q4_k", "default")], ids=str)
 @pytest.mark.parametrize("home", HOMES)
 def test_no_large_matrix_is_read_again(
-    tiny_single_files: Path,
-    loras: dict[str, TinyLora],
-    form: str,
-    choice: str,
-    home: str,
-    gpus: ImaginedGpus,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_single_files: Path, loras: dict[str, TinyLora], form: str, choice: str, home: str, gpus: ImaginedGpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But those that a LoRA changes as a whole, or did."""
     expert = bring(expert_in(file_of(tiny_single_files, form), choice=choice), home)
@@ -261,9 +255,7 @@ def test_parts_that_were_elsewhere_meanwhile(tiny_single_files: Path, loras: dic
 
 @pytest.mark.parametrize("home", HOMES)
 @pytest.mark.parametrize("form", ["original_bf16", "fp8_scaled_old"])
-def test_a_file_that_is_gone(
-    tiny_single_files: Path, loras: dict[str, TinyLora], form: str, home: str, gpus: ImaginedGpus, tmp_path: Path
-) -> None:
+def test_a_file_that_is_gone(tiny_single_files: Path, loras: dict[str, TinyLora], form: str, home: str, gpus: ImaginedGpus, tmp_path: Path) -> None:
     """Says which; without it the model works as before, and with the others too."""
     path, gone = file_of(tiny_single_files, form), tmp_path / "gone.safetensors"
     for name in ("matrices", "whole", "differences"):
