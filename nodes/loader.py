@@ -19,7 +19,7 @@ class WanShardedLoader(io.ComfyNode):
             display_name="Wan Sharded Loader",
             category=CATEGORY,
             description="Loads both Wan 2.2 experts sharded over all GPUs, each within its memory slider, with CPU offload for what does not fit.",
-            search_aliases=["multi gpu", "device_map", "wan 2.2", "split model", "vram", "distorch"],
+            search_aliases=["multi gpu", "device_map", "wan 2.2", "split model", "vram", "distorch", "多显卡"],
             inputs=[
                 io.Combo.Input(
                     "model",

@@ -26,7 +26,7 @@ class WanShardedI2VSampler(io.ComfyNode):
             display_name="Wan I2V Sampler",
             category=CATEGORY,
             description="Makes a video from a photo and a prompt with both Wan 2.2 experts, high noise first, then low noise.",
-            search_aliases=["wan 2.2", "image to video", "i2v", "multi gpu", "first last frame", "flf2v"],
+            search_aliases=["wan 2.2", "image to video", "i2v", "multi gpu", "first last frame", "flf2v", "图生视频"],
             inputs=[
                 WanShardedModel.Input("model", tooltip="From Wan Sharded Loader or Wan Sharded LoRA."),
                 io.Image.Input(

@@ -23,7 +23,13 @@ from tiny_single_files import file_names
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"js/docs/{file.name}" for file in sorted((ROOT / "js" / "docs").glob("*.md")))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/TROUBLESHOOTING.md",
+    *(file.relative_to(ROOT).as_posix() for file in sorted((ROOT / "js" / "docs").rglob("*.md"))),
+]
 
 
 def code_blocks(language: str) -> list[str]:

@@ -269,18 +269,19 @@ class Expert:
         old, new = self._adapted[part], self._adapters
         names = self._keeper.touched(self._names[part], old, new)
         before, layout = self._layout_with(part, old), self._layout_with(part, new)
+        # Own values of a matrix stay, unless a LoRA changes or changed them.
+        whole = [name for name in names if old.merged(name) or new.merged(name) or name not in self._keeper.matrices]
+        added = [name for name in names if name not in whole]
         self._adapted[part] = new
         packed = self._packed.get(part)
         try:
             if packed is None:
                 kept = {name: tensor for name, tensor in self._held.get(part, {}).items() if name in layout.specs}
-                self._hold(part, {**kept, **self._keeper.loose(part, names, new, convert_on)})
+                changed = self._keeper.loose(part, whole, new, convert_on)
+                self._hold(part, {**kept, **changed, **self._keeper.loose(part, added, new, convert_on, only_added=True)})
                 return
             flat = packed.flat if layout is before else self._copied(before, packed.flat, layout)
-            # Own values of a matrix were copied, unless a LoRA changes or changed them.
-            whole = [name for name in names if old.merged(name) or new.merged(name) or name not in self._keeper.matrices]
             self._keeper.fill(part, whole, new, layout, flat, convert_on)
-            added = [name for name in names if name not in whole]
             self._keeper.fill(part, added, new, layout, flat, convert_on, only_added=True)
             probe.synchronize(str(convert_on))
             if flat is not packed.flat:

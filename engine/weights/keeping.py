@@ -147,10 +147,10 @@ class Keeper:
     def _room_for(source: StoredTensor, device: torch.device) -> torch.Tensor:
         return torch.empty(raw_shape(source), dtype=stored_dtype(source), device=device)
 
-    def loose(self, part: str, names: Sequence[str], adapters: Adapters, convert_on: torch.device) -> Tensors:
-        """Parameters as tensors of the CPU, which are the mapped file where it has them as they are kept."""
+    def loose(self, part: str, names: Sequence[str], adapters: Adapters, convert_on: torch.device, *, only_added: bool = False) -> Tensors:
+        """Parameters as tensors of the CPU, which are the mapped file where it has them as they are kept. Arguments as for :meth:`fill`."""
         found: Tensors = {}
-        for step in self._steps(part, names, adapters, convert_on):
+        for step in self._steps(part, names, adapters, convert_on, only_added=only_added):
             if step.made is None:
                 found[step.name] = self.reader.mapped(step.sources[0])
             else:

@@ -5,15 +5,11 @@ are only ever appended (to the end of their group), never inserted, renamed, reo
 """
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from setup_env import comfyui_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 HUB_ID = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
@@ -130,20 +126,6 @@ CONTRACTS = {
         output_node=True,
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What ComfyUI would serve at /object_info, on a machine without GPUs and without models."""
-    if not (comfyui_folder() / "main.py").is_file():
-        pytest.skip(f"no ComfyUI in {comfyui_folder()}; `make test` puts one there")
-    script = ROOT / "tests" / "support" / "served_nodes.py"
-    base = tmp_path_factory.mktemp("comfyui")
-    command = [sys.executable, str(script), str(comfyui_folder()), str(ROOT), str(base)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
-    result = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True, encoding="utf-8")
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def promised(group: dict[str, list[Any]]) -> list[tuple[str, str, dict[str, Any]]]:
