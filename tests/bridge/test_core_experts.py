@@ -133,22 +133,29 @@ def test_biases_that_are_no_fp8_numbers(expert_file: Callable[..., Path]) -> Non
 
 @pytest.fixture(scope="module")
 def loras(expert_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyLora]:
-    """For each expert: "high" and "low" with low rank everywhere; "high, whole" and "low, whole" with differences of everything small as
-    well, tables under the one of their two names that ComfyUI reads (see test_core_lora.py)."""
-    folder, found = tmp_path_factory.mktemp("loras"), {}
+    """For each expert: "high" and "low" with low rank everywhere; "high, whole" and "low, whole" with differences of everything small too,
+    but for the tables of modulations (see below); "tables" with these alone, under the one of their two names that ComfyUI knows."""
+    folder = tmp_path_factory.mktemp("loras")
+    found: dict[str, TinyLora] = {}
     shapes = {name: stored.shape for name, stored in open_expert_file(expert_file("original_fp32")).tensors.items()}
     for seed, level in enumerate(("high", "low")):
         found[level] = tiny_lora(folder / f"{level}.safetensors", shapes, "lightning", 4, seed)
         whole = tiny_lora(folder / f"{level}_whole.safetensors", shapes, "lightx2v", 4, seed)
-        save_file({key.replace(".diff_m", ".modulation.diff"): value for key, value in load_file(whole.path).items()}, whole.path)
-        found[f"{level}, whole"] = whole
-    return found
+        tensors = load_file(whole.path)
+        save_file({key: value for key, value in tensors.items() if not key.endswith(".diff_m")}, whole.path)
+        added = {name: value for name, value in whole.added.items() if not name.endswith("scale_shift_table")}
+        found[f"{level}, whole"] = TinyLora(whole.path, added)
+    tables = {name: value for name, value in whole.added.items() if name not in added}
+    renamed = {key.replace(".diff_m", ".modulation.diff"): value for key, value in tensors.items() if key.endswith(".diff_m")}
+    save_file(renamed, folder / "tables.safetensors")
+    return {**found, "tables": TinyLora(folder / "tables.safetensors", tables)}
 
 
 def with_lora(patcher: Any, lora: TinyLora, strength: float) -> Any:
     """What core's LoraLoaderModelOnly gives, its weights changed as for sampling."""
     changed, _ = comfy.sd.load_lora_for_models(patcher, None, load_file(lora.path), strength, 0)
-    changed.patch_model()
+    with torch.no_grad():
+        changed.patch_model()
     return changed
 
 
@@ -176,9 +183,23 @@ def test_loras_chained_are_cores(expert_file: Callable[..., Path], loras: dict[s
     core, ours = cores_in(path), ours_in(path)
     for lora, strength in chosen:
         core, _ = comfy.sd.load_lora_for_models(core, None, load_file(lora.path), strength, 0)
-    core.patch_model()
+    with torch.no_grad():
+        core.patch_model()
     ours.use_loras([lora.choice(strength) for lora, strength in chosen])
     assert relative(output(on_cpu(ours).model, given()), cores_output(core)) < BOUNDS[700.0]
+
+
+def test_tables_are_left_out_by_core(expert_file: Callable[..., Path], loras: dict[str, TinyLora]) -> None:
+    """It changes only modules that have no modules inside, which blocks are not. lightx2v's own code adds what its files have for them."""
+    path = expert_file("original_fp32")
+    config, ours = open_expert_file(path).config, ours_in(path)
+    without = output(ours.model, given())
+    core = with_lora(cores_in(path), loras["tables"], 1.0)
+    assert any("modulation" in name for name in core.patches)
+    assert relative(cores_output(core), without) < BOUNDS[700.0]
+    ours.use_loras([loras["tables"].choice(1.0)])
+    wanted = output(diffusers_model(config, merged(values_in(path, config), [(loras["tables"], 1.0)])), given())
+    assert relative(output(on_cpu(ours).model, given()), wanted) < 2e-6 < 0.02 < relative(without, wanted)
 
 
 def fp8_weights(core: Any, names: Values) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
