@@ -4,7 +4,8 @@ On accelerate's hooks. accelerate's own offloading allocates leaf by leaf; ``Fet
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import find_device, send_to_device
 from torch import nn
 
 from .. import probe
+from .packing import ALIGNMENT_BYTES
 
 CheckCancelled = Callable[[], None]
 # So many blocks may be queued on a GPU before the host waits: enough to keep it busy, few enough to stop within a moment.
@@ -22,28 +24,31 @@ RUN_AHEAD_BLOCKS = 2
 class FetchBuffer:
     """Room on one device for the weights of one block, shared by all blocks that are fetched there.
 
-    Made once, so that fetching allocates nothing: freed and new weights among the activations would fragment the
+    Made once, for the largest, so that fetching allocates nothing: freed and new weights among the activations would fragment the
     allocator, by more than a gigabyte where measured. Copies run on the stream that computes, so a block's weights are
     never overwritten while they are used.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._room: dict[tuple[Any, ...], nn.Parameter] = {}
+        self._room = torch.empty(0, dtype=torch.uint8)
 
-    def fill(self, name: str, host: nn.Parameter) -> nn.Parameter:
-        """A device copy of a host parameter, in the room that parameters of this name and shape share."""
-        key = (name, host.shape, host.dtype)
-        if key not in self._room:
-            # Never the host's own memory, which the next fill would overwrite.
-            self._room[key] = nn.Parameter(host.data.to(self.device, copy=True), requires_grad=False)
-        else:
-            self._room[key].data.copy_(host.data)
-        return self._room[key]
+    def fill(self, hosts: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Device copies of a block's host parameters, one behind the other in the room."""
+        ends = list(accumulate(-(-host.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for host in hosts))
+        if ends and self._room.numel() < ends[-1]:
+            self.clear()
+            self._room = torch.empty(ends[-1], dtype=torch.uint8, device=self.device)
+        filled: list[nn.Parameter] = []
+        for host, begin in zip(hosts, [0, *ends], strict=False):
+            there = self._room[begin : begin + host.nbytes].view(host.dtype).view(host.shape)
+            there.copy_(host.data)
+            filled.append(nn.Parameter(there, requires_grad=False))
+        return filled
 
     def clear(self) -> None:
         """Give the room back."""
-        self._room.clear()
+        self._room = torch.empty(0, dtype=torch.uint8)
 
 
 class SendHook(ModelHook):
@@ -84,11 +89,11 @@ class FetchHook(ModelHook):
         self._host: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for prefix, owner in module.named_modules():
-            for name, parameter in owner._parameters.items():
-                if parameter is not None:
-                    self._host.append((owner, name, parameter))
-                    owner._parameters[name] = self._buffer.fill(f"{prefix}.{name}", parameter)
+        for owner in module.modules():
+            self._host += [(owner, name, parameter) for name, parameter in owner._parameters.items() if parameter is not None]
+        there = self._buffer.fill([parameter for _, _, parameter in self._host])
+        for (owner, name, _), parameter in zip(self._host, there, strict=True):
+            owner._parameters[name] = parameter
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:

@@ -77,15 +77,18 @@ class TensorReader:
         dtype = stored_dtype(stored)
         if stored.elements == 0:
             return torch.empty(stored.shape, dtype=dtype)
+        # Only its own pages: systems refuse a private mapping of more than they have memory.
+        begin = stored.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        within = stored.offset - begin
         try:
             with stored.file.open("rb") as file:
-                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                if os.fstat(file.fileno()).st_size < stored.offset + stored.size_bytes:
+                    raise _unreadable(stored.file, "it has become shorter")
+                pages = mmap.mmap(file.fileno(), within + stored.size_bytes, access=mmap.ACCESS_COPY, offset=begin)
         except (OSError, ValueError) as error:
             raise _unreadable(stored.file, error) from error
-        if len(pages) < stored.offset + stored.size_bytes:
-            raise _unreadable(stored.file, "it has become shorter")
         count = stored.size_bytes // dtype.itemsize
-        return torch.frombuffer(pages, dtype=dtype, count=count, offset=stored.offset).view(raw_shape(stored))
+        return torch.frombuffer(pages, dtype=dtype, count=count, offset=within).view(raw_shape(stored))
 
     def read_into(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> None:
         """Tensors' bytes into memory, each uint8 [size_bytes], on one or several devices.
