@@ -238,4 +238,6 @@ def _wide(stored: StoredTensor, raws: Sequence[torch.Tensor], dtype: torch.dtype
     if not scale:
         return raw.to(dtype)
     # A scale may stand beside what is wide already, too.
-    return widened_rows(raw.flatten(1), _row_scales(stored, scale, raw.device), dtype).view(stored.shape)
+    rows, scales = raw.reshape(raw.shape[0], -1), _row_scales(stored, scale, raw.device)
+    wide = widened_rows(rows, scales, dtype) if rows.dtype.itemsize == 1 else (rows.float() * scales).to(dtype)
+    return wide.view(stored.shape)

@@ -203,7 +203,7 @@ def test_tables_are_left_out_by_core(expert_file: Callable[..., Path], loras: di
 
 
 def fp8_weights(core: Any, names: Values) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Of ComfyUI's model, by diffusers' names: what its fp8 matrices stand for, and what is one step of their smallest numbers times 512."""
+    """Of ComfyUI's model, by diffusers' names: what its fp8 matrices stand for, and their scales."""
     found = {}
     for name in names:
         module = core.model.diffusion_model.get_submodule(original_name(name).rpartition(".")[0]) if name.endswith(".weight") else None
@@ -219,8 +219,8 @@ def fp8_weights(core: Any, names: Values) -> dict[str, tuple[torch.Tensor, torch
 @pytest.mark.parametrize("form", ["fp8_scaled_old", "fp8_scaled_metadata"])
 def test_loras_on_fp8(expert_file: Callable[..., Path], loras: dict[str, TinyLora], form: str, level: str) -> None:
     """ComfyUI adds them in float32, and rounds the sum to fp8 again, up or down by chance: each weight is up to one step of fp8 off, an
-    eighth of it (or 1/512 of the scale); what has become too large for the file's scale is cut off. That is all that is between us: computed
-    with its weights, diffusers' model gives ComfyUI's output. This pack leaves the file's values alone, and is as exact as in float32.
+    eighth of it (or 1/512 of the scale); what has become too large for the file's scale is cut off. That is all that is between us: with
+    those weights, diffusers' model gives ComfyUI's output. This pack leaves the file's values alone, and is as exact as in float32.
     """
     path, lora, strength = expert_file(form, level), loras[level], 0.7
     config = open_expert_file(path).config

@@ -137,7 +137,7 @@ def shapes_of(files: ComponentFiles) -> dict[str, tuple[int, ...]]:
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[StoredTensor]:
-    """A list that every tensor is added to, each time it is read: as pages of the file, which imagined GPUs are given too, or into memory."""
+    """A list that every tensor is added to, each time it is read: as pages of its file (for imagined GPUs too), or into memory."""
     found: list[StoredTensor] = []
     mapped, read_into = TensorReader.mapped, TensorReader.read_into
 

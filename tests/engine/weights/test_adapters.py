@@ -37,7 +37,7 @@ Chosen = tuple[tuple[str, float], ...]
 @pytest.fixture(scope="module")
 def loras(tiny_single_files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyLora]:
     """ "matrices": low rank for every matrix and the embedding of patches; "differences": biases, norms and tables as well, and what is
-    before and after the blocks as a whole; "few": another rank, for some blocks; "whole": what is added to some matrices of a block as it is.
+    before and after the blocks as a whole; "few": another rank, for some blocks; "whole": what is added to some matrices of a block.
     """
     folder = tmp_path_factory.mktemp("loras")
     shapes = {name: stored.shape for name, stored in open_expert_file(file_of(tiny_single_files, "original_fp32")).tensors.items()}
@@ -76,7 +76,7 @@ _fresh: dict[tuple, tuple[Values, dict[str, int]]] = {}
 
 
 def fresh(path: Path, loras: dict[str, TinyLora], chosen: Chosen, choice: str = "default") -> tuple[Values, dict[str, int]]:
-    """What an expert holds that never had other LoRAs, and how large it is. The same at each home (tests/engine/weights/test_keeping.py)."""
+    """What an expert holds that never had other LoRAs, and how large it is; the same at each home (test_keeping.py)."""
     key = (path, loras["few"].path, chosen, choice)
     if key not in _fresh:
         with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]  # no imagined GPU looks on

@@ -224,7 +224,7 @@ def test_a_file_that_is_gone_stops_only_its_own_run(bench: Bench, checkpoint: Pa
 def test_loras_count(
     bench: Bench, checkpoint: Path, loras: Callable[..., Loras], weight_dtype: str, rooms: tuple[float, ...], options: dict[str, str]
 ) -> None:
-    """No more weights than the sliders leave room for, and nothing that is not planned while they compute: with LoRAs, and after they went."""
+    """No more weights than sliders leave room for, and nothing unplanned beside them that computes: with LoRAs, and after they went."""
     bench.count = len(rooms)
     tiny, chosen = TinyExpert(checkpoint, weight_dtype), loras(0.7)
     expert = expert_of(checkpoint, tiny.precision)

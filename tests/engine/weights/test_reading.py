@@ -81,7 +81,6 @@ def test_what_the_file_has(reader: TensorReader, tmp_path: Path, dtype: str, sha
 def test_gguf_gives_rows_of_bytes(reader: TensorReader, tmp_path: Path) -> None:
     content = any_bytes(6 * 2 * 34)
     stored = stored_in(tmp_path / "a.gguf", content, "GGUF:Q8_0", (6, 64), 32)
-    assert raw_shape(stored) == (6, 68)
     for got in read_all(reader, stored):
         assert got.dtype == torch.uint8 and torch.equal(got, content.view(6, 68))
 
@@ -103,7 +102,6 @@ def test_unknown_dtypes_are_refused(reader: TensorReader, tmp_path: Path) -> Non
 def test_writing_does_not_change_the_file(reader: TensorReader, tmp_path: Path) -> None:
     stored = stored_in(tmp_path / "a.safetensors", any_bytes(64))
     before = stored.file.read_bytes()
-    reader.mapped(stored).clone().zero_()
     target = torch.empty(64, dtype=torch.uint8)
     reader.read_into([(stored, target)])
     target.zero_()

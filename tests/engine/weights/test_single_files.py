@@ -121,8 +121,10 @@ def test_other_precisions(tiny_single_files: Path, form: str, choice: str, gpus:
 
 @pytest.mark.parametrize("form", ["fp8_scaled_old", "int8_scaled", "fp8_e5m2", "gguf_q8_0"])
 def test_products_of_few_bits(tiny_single_files: Path, form: str) -> None:
-    """Where a device multiplies them as they are, what comes out is as far off as activations rounded to the same type put it. What can't be
-    multiplied so is widened all the same. CPUs can, in torch's way."""
+    """Where a device multiplies them as they are, what comes out is as far off as activations rounded to the same type put it.
+
+    What can't be multiplied so is widened all the same. CPUs can, in torch's way.
+    """
     path = file_of(tiny_single_files, form)
     expert = on_cpu(expert_in(path), packed=True)
     workers = [Worker(i, CPU) for i in range(2)]
@@ -141,7 +143,7 @@ def test_products_of_few_bits(tiny_single_files: Path, form: str) -> None:
 
 
 def mixed_gguf(path: Path, folder: Path, part: str = HIGH_NOISE) -> Path:
-    """Q8_0 and Q4_0 by turns, the other way round from block to block: two kinds of blocks, each with matrices that the other has larger."""
+    """Q8_0 and Q4_0 by turns, the other way round in the next block: two kinds of blocks, each with matrices that the other has larger."""
     writer = gguf.GGUFWriter(path, "wan")
     number = 0
     for ours, tensor in WanTransformer3DModel.from_pretrained(folder / "diffusers" / part).state_dict().items():
