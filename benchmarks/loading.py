@@ -25,6 +25,7 @@ pack.__path__ = [str(ROOT)]
 sys.modules["wan_sharded"] = pack
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
+import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from accelerate import init_empty_weights  # noqa: E402
@@ -147,6 +148,24 @@ def link_alone(size_bytes: int) -> float:
     return (time.perf_counter() - began) / 4 * size_bytes / memory.numel()
 
 
+def lock_alone(size_bytes: int, *, touched: bool) -> float:
+    """Seconds to have so much new system memory page-locked: by the driver alone, or after several threads have touched it (host_buffer)."""
+    step, seconds = 1024**3, 0.0
+    for _ in range(4):
+        began = time.perf_counter()
+        if touched:
+            memory = host_buffer(step)
+            assert memory.is_pinned()
+            seconds += time.perf_counter() - began
+        else:
+            memory = np.empty(step, dtype=np.uint8)
+            torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, step, 0)
+            seconds += time.perf_counter() - began
+            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
+        del memory
+    return seconds / 4 * size_bytes / step
+
+
 def safetensors_alone(path: Path) -> float:
     began = time.perf_counter()
     with safe_open(path, framework="pt", device="cpu") as file:
@@ -217,6 +236,9 @@ def main() -> None:
                 )
             )
         rows.append(rate(case, "the link alone", form, both, link_alone(both)))
+        if form == "fp8":
+            for touched, what in ((False, "page-locking alone"), (True, "page-locking alone, touched by threads first")):
+                rows.append(rate(case, what, form, both, lock_alone(both, touched=touched)))
         if form == "fp8":
             rows.append(rate(case, 'safe_open and .to("cuda")', form, both, sum(safetensors_alone(file) for file in pair)))
         for what, dtype, offload in (("to the GPU", "default", "auto"), ("to the host", "default", "cpu"), ("to the GPU", "int8", "auto")):

@@ -1,4 +1,4 @@
-"""What the ``WAN_SHARDED_MODEL`` socket carries: a description of what to load, a few hundred bytes."""
+"""What the ``WAN_SHARDED_MODEL`` socket carries: a description of what to load, without the weights."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -214,6 +214,16 @@ class LoadedModel:
             )
         return notes
 
+    def few_bits_notes(self) -> list[str]:
+        """Which GPUs rounded more than the weights, in a sentence."""
+        shares = [] if self._crew is None else [share for share in self._crew.shares if share.multiply_few_bits]
+        names = " and ".join(self._planned().budget(share.worker.index).device.label for share in shares)
+        return (
+            [f"{names} multiplied the weights in few bits as they are: measured to be faster, and near enough to widening them."]
+            if shares
+            else []
+        )
+
     def after_forward(self, part: str) -> None:
         """Let go of what a forward, or one that raised, was using."""
         self.experts[part].release_fetched()

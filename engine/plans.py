@@ -157,7 +157,7 @@ class _Planner:
         }
 
     def _activation_bytes(self, part: str, expert: Expert, way: _Way, size: VideoShape) -> dict[int, int]:
-        widened_bytes = expert.widened_bytes_with(self.handle.loras.get(part, ()))
+        widened_bytes = expert.widened_bytes(self.handle.loras.get(part, ()))
         element, fragmentation = self.loaded.precision.dtype.itemsize, self.machine.fragmentation
         sizing: Any = {"fragmentation": fragmentation, "widened_bytes": widened_bytes}
         shares, needs = self.shares(way), {}

@@ -16,30 +16,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tiny_single_files import original_name
 
 HIGH_NOISE_NAME = "wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors"
 LOW_NOISE_NAME = "wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise.safetensors"
 # alpha / rank in the forms that have an alpha, as lightx2v's 8 / 64; in the others the up matrix has it inside.
 FACTOR = 1 / 8
 
-# diffusers' names -> Wan's, by pieces. Written down again here, so that a mistake in the engine's list shows.
-_WAN_PIECES = {
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "proj_out": "head.head",
-    "attn1.": "self_attn.",
-    "attn2.": "cross_attn.",
-    "to_out.0": "o",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-    "norm2": "norm3",
-}
 _TABLE = "scale_shift_table"
 
 
@@ -99,10 +82,8 @@ FORMS = {
 def wan_name(diffusers_name: str) -> str:
     """A module's or modulation's name in Wan's own code."""
     if diffusers_name == _TABLE:
-        return "head.modulation"
-    for ours, wan in _WAN_PIECES.items():
-        diffusers_name = diffusers_name.replace(ours, wan)
-    return diffusers_name.replace(_TABLE, "modulation")
+        return original_name(diffusers_name)
+    return original_name(f"{diffusers_name}.").removesuffix(".")
 
 
 def expert_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -44,9 +44,9 @@ def read_gguf_header(path: Path) -> dict[str, StoredTensor]:
     """
     types = _types()
     try:
-        size = path.stat().st_size
+        stat = path.stat()
         with path.open("rb") as file:
-            return _Header(path, file, size, types).tensors()
+            return _Header(path, file, stat.st_size, stat.st_mtime_ns, types).tensors()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the file and its permissions.") from error
     except _Damaged as error:
@@ -112,8 +112,8 @@ class _Entry:
 class _Header:
     """Reads one header from the front; nothing is read or allocated that the file is too short for."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int, types: Mapping[int, _Type]):
-        self._path, self._file, self._size, self._types = path, file, size, types
+    def __init__(self, path: Path, file: BinaryIO, size: int, modified_ns: int, types: Mapping[int, _Type]):
+        self._path, self._file, self._size, self._modified_ns, self._types = path, file, size, modified_ns, types
         self._texts_left = MAX_TEXTS
         self._alignment = 32
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -233,4 +233,6 @@ class _Header:
 
     def _stored(self, entry: _Entry, data_begin: int) -> StoredTensor:
         dtype = entry.kind.name if entry.kind.name in _PLAIN else f"{GGUF_PREFIX}{entry.kind.name}"
-        return StoredTensor(self._path, entry.key, dtype, entry.shape, data_begin + entry.begin, entry.size_bytes)
+        return StoredTensor(
+            self._path, entry.key, dtype, entry.shape, data_begin + entry.begin, entry.size_bytes, modified_ns=self._modified_ns
+        )

@@ -31,7 +31,8 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
     """
     name = f"{path.parent.name}/{path.name}"  # the components' files all have the same name
     try:
-        size = path.stat().st_size
+        stat = path.stat()
+        size = stat.st_size
         with path.open("rb") as file:
             length_field = file.read(8)
             header_length = struct.unpack("<Q", length_field)[0] if len(length_field) == 8 else 0
@@ -47,21 +48,21 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
         header = json.loads(raw)
         texts = header.pop("__metadata__", None) or {}
         metadata = {str(key): value for key, value in texts.items() if isinstance(value, str)}
-        entries = {tensor: _entry(path, tensor, value, data_begin) for tensor, value in header.items()}
+        entries = {tensor: _entry(path, tensor, value, data_begin, stat.st_mtime_ns) for tensor, value in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{name} has a damaged safetensors header. Download it again.") from error
     _check_offsets(name, entries, data_begin, size)
     return entries, metadata
 
 
-def _entry(path: Path, key: str, value: dict[str, Any], data_begin: int) -> StoredTensor:
+def _entry(path: Path, key: str, value: dict[str, Any], data_begin: int, modified_ns: int) -> StoredTensor:
     shape, dtype = value["shape"], value["dtype"]
     if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape) or not isinstance(dtype, str):
         raise ValueError("shape or dtype")
     begin, end = value["data_offsets"]
     if type(begin) is not int or type(end) is not int:
         raise ValueError("data_offsets")
-    return StoredTensor(path, key, dtype, tuple(shape), data_begin + begin, end - begin)
+    return StoredTensor(path, key, dtype, tuple(shape), data_begin + begin, end - begin, modified_ns=modified_ns)
 
 
 def _check_offsets(name: str, entries: dict[str, StoredTensor], data_begin: int, size: int) -> None:

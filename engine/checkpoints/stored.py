@@ -30,6 +30,7 @@ class StoredTensor:
         offset: where in the file its first byte is.
         size_bytes: how many bytes it takes there.
         scale: what the values must be multiplied by, a tensor of one value, or of one per row ([out] or [out, 1]).
+        modified_ns: when the file was last modified; 0 where that is not known. Its bytes mean this only as long as that stays.
     """
 
     file: Path
@@ -39,6 +40,7 @@ class StoredTensor:
     offset: int
     size_bytes: int
     scale: "StoredTensor | None" = None
+    modified_ns: int = 0
 
     @property
     def elements(self) -> int:

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 # Blocks whose work is timed: the first ones to share the tokens out, later every so many to keep the shares right.
 CALIBRATION_BLOCKS = 2
 TIMED_EVERY = 5
-# How far from widening a weight its product in few bits may be, relative to what the blocks add: about twice what was measured with
-# random weights (benchmarks/precision.py), and as much as the weights' own rounding changes.
+# How far from widening a weight its product in few bits may be, relative to what the blocks add: about as far as rounding the weights to
+# that type moves the output (benchmarks/precision.py).
 FEW_BITS_ERROR = {torch.float8_e4m3fn: 0.05, torch.int8: 0.02}
 # And how much faster it must be.
 FASTER_BY = 0.97

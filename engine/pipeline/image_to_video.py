@@ -257,6 +257,7 @@ class _Run:
         if not seconds:
             return []
         return [
+            *self.loaded.few_bits_notes(),
             *self.loaded.slower_than_could_be(),
             f"{len(seconds)} steps in {sum(seconds):.1f} s, the median step {seconds[len(seconds) // 2]:.2f} s.",
         ]

@@ -232,7 +232,7 @@ def _product(weights: Weights, name: str, layers: tuple[str, ...], x: torch.Tens
 def widened(weights: Weights, name: str, dtype: torch.dtype, layers: tuple[str, ...] = ()) -> torch.Tensor:
     """A matrix [out, in], made wide if it is kept in few bits, with what LoRAs add to it, or to the ``layers`` it is made of.
 
-    Adding to the matrix costs a tenth of adding to every token's result (benchmarks/precision.py), and is rounded as LoRAs are elsewhere.
+    Adding to the matrix costs the same for any number of tokens (benchmarks/precision.py), and is rounded as LoRAs are elsewhere.
     """
     weight, scale = weights[f"{name}.weight"], weights.get(f"{name}.weight_scale")
     gguf_type = weights.get(f"{name}.weight.gguf")

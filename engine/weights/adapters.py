@@ -54,14 +54,14 @@ class Adapters:
         return differences if weight in self._matrices else [*differences, *self.low_rank_sources(weight)]
 
     def merge(self, weight: str, values: torch.Tensor, raws: Sequence[torch.Tensor]) -> torch.Tensor:
-        """A parameter with what is added to its own values; float32, on the device of ``values``."""
-        values, left = values.float(), list(raws)
+        """A parameter with what is added to its own values, which are changed: float32, contiguous."""
+        left = list(raws)
         for _, strength in self._differences(weight):
-            values = values + strength * _wide(left.pop(0)).reshape(values.shape)
+            values.add_(_wide(left.pop(0)).reshape(values.shape), alpha=strength)
         if weight not in self._matrices:
             for low, strength in self._low_ranks(weight):
                 down, up = _wide(left.pop(0)), _wide(left.pop(0))
-                values = values + (strength * low.factor) * (up @ down).reshape(values.shape)
+                values.view(values.shape[0], -1).addmm_(up, down, alpha=strength * low.factor)
         return values
 
     def _differences(self, weight: str) -> Iterator[tuple[StoredTensor, float]]:

@@ -101,6 +101,7 @@ class Expert:
         self._packed: dict[str, Packed] = {}
         self._locations = dict.fromkeys(self.parts, NOWHERE)
         self._layouts: dict[Any, Layout] = {}
+        self._layouts_of: dict[tuple[str, Any], Layout] = {}
         self._fetches: list[hooks.FetchHook] = []
 
     def _check_names(self) -> None:
@@ -128,13 +129,9 @@ class Expert:
         config: Any = self.model.config
         return config.num_attention_heads * config.attention_head_dim
 
-    @property
-    def widened_bytes(self) -> int:
-        """What stands beside the largest matrix that is kept in few bits, or that a LoRA is added to, while it is multiplied."""
-        return self.widened_bytes_with(None)
-
-    def widened_bytes_with(self, loras: Sequence[LoraChoice] | None) -> int:
-        """As :attr:`widened_bytes`, with other LoRAs than those in use."""
+    def widened_bytes(self, loras: Sequence[LoraChoice] | None = None) -> int:
+        """What stands beside the largest matrix that is kept in few bits, or that a LoRA is added to, while it is multiplied; with the LoRAs in
+        use or with others."""
         adapters = self._adapters if loras is None else Adapters(loras, self._keeper.matrices)
         elements = self._keeper.largest_elements(every=bool(adapters.key))
         has_gguf = any(form.gguf_type for form in self._keeper.low_precision.values())
@@ -176,6 +173,8 @@ class Expert:
             Whether they differ from those before.
         """
         before, self._adapters = self._adapters, Adapters(loras, self._keeper.matrices)
+        in_use = {self._adapters.key, *(adapters.key for adapters in self._adapted.values())}
+        self._layouts_of = {(part, key): layout for (part, key), layout in self._layouts_of.items() if key in in_use}
         return before.key != self._adapters.key
 
     # ---- how a part lies in memory
@@ -185,13 +184,13 @@ class Expert:
         return self._layout_with(part, self._adapted.get(part, self._adapters))
 
     def _layout_with(self, part: str, adapters: Adapters) -> Layout:
-        if (part, adapters.key) not in self._layouts:
+        if (part, adapters.key) not in self._layouts_of:
             specs, kinds = self._keeper.specs(part, self._names[part], adapters)
             alike = (tuple(specs.items()), tuple(kinds.items()))
             if alike not in self._layouts:
                 self._layouts[alike] = Layout(specs, TOGETHER, kinds)
-            self._layouts[part, adapters.key] = self._layouts[alike]
-        return self._layouts[part, adapters.key]
+            self._layouts_of[part, adapters.key] = self._layouts[alike]
+        return self._layouts_of[part, adapters.key]
 
     def packed(self, part: str) -> Packed | None:
         """The part's weights in one piece, where they are so."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -33,6 +34,7 @@ class _Piece:
     """A stretch of a file, and where it goes."""
 
     path: Path
+    modified_ns: int
     offset: int
     target: torch.Tensor
 
@@ -84,6 +86,7 @@ class TensorReader:
             with stored.file.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < stored.offset + stored.size_bytes:
                     raise _unreadable(stored.file, "it has become shorter")
+                _check_unchanged(stored.file, file, stored.modified_ns)
                 pages = mmap.mmap(file.fileno(), within + stored.size_bytes, access=mmap.ACCESS_COPY, offset=begin)
         except (OSError, ValueError) as error:
             raise _unreadable(stored.file, error) from error
@@ -105,7 +108,7 @@ class TensorReader:
 
     def _read_pieces(self, pieces: list[_Piece]) -> None:
         if len(pieces) == 1 and pieces[0].target.device == CPU:
-            _read(pieces[0].path, pieces[0].offset, pieces[0].target)
+            _read(pieces[0], pieces[0].target)
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="wan-sharded-reader")
@@ -113,12 +116,14 @@ class TensorReader:
         try:
             for piece in pieces:
                 if len(reading) >= THREADS:
-                    self._deliver(*reading.popleft())
+                    self._deliver(*reading[0])
+                    reading.popleft()
                 buffer = self._next_buffer() if piece.target.device != CPU else None
                 into = piece.target if buffer is None else buffer.memory[: piece.target.numel()]
-                reading.append((self._pool.submit(_read, piece.path, piece.offset, into), piece, buffer))
+                reading.append((self._pool.submit(_read, piece, into), piece, buffer))
             while reading:
-                self._deliver(*reading.popleft())
+                self._deliver(*reading[0])
+                reading.popleft()
         finally:
             # No thread may write into memory that is let go.
             for future, _, _ in reading:
@@ -148,21 +153,28 @@ class TensorReader:
 
 def _pieces(stored: StoredTensor, target: torch.Tensor) -> Iterator[_Piece]:
     for begin in range(0, stored.size_bytes, PIECE_BYTES):
-        yield _Piece(stored.file, stored.offset + begin, target[begin : begin + PIECE_BYTES])
+        yield _Piece(stored.file, stored.modified_ns, stored.offset + begin, target[begin : begin + PIECE_BYTES])
 
 
-def _read(path: Path, offset: int, target: torch.Tensor) -> None:
+def _read(piece: _Piece, target: torch.Tensor) -> None:
     rest = target.numpy().data
     try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
+        with piece.path.open("rb", buffering=0) as file:
+            _check_unchanged(piece.path, file, piece.modified_ns)
+            file.seek(piece.offset)
             while rest:
                 count = file.readinto(rest)
                 if not count:
-                    raise _unreadable(path, "it has become shorter")
+                    raise _unreadable(piece.path, "it has become shorter")
                 rest = rest[count:]
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(piece.path, error) from error
+
+
+def _check_unchanged(path: Path, file: IO[bytes], modified_ns: int) -> None:
+    """Another file under the same name has other tensors at the same places."""
+    if modified_ns and os.fstat(file.fileno()).st_mtime_ns != modified_ns:
+        raise CheckpointError(f"{path} was changed after it was chosen. Run again, so that it is looked at anew.")
 
 
 def _unreadable(path: Path, why: object) -> CheckpointError:

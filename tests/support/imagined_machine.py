@@ -37,7 +37,7 @@ class TinyExpert:
         expert = Expert(EXPERT_WORDS[HIGH_NOISE], files, self.precision)
         config = expert.model.config
         self.width = config.num_attention_heads * config.attention_head_dim
-        self.widened_bytes = expert.widened_bytes
+        self.widened_bytes = expert.widened_bytes()
         self.sizes = expert.sizes()
         self.total_bytes = sum(self.sizes.values())
         self.block_bytes = max(size for part, size in self.sizes.items() if part.startswith("blocks."))

@@ -127,3 +127,23 @@ def test_where_it_is_not_considered(
         assert not any(forward._may_multiply_few_bits(share) for share in forward._crew.shares)
     else:
         assert run(expert(precision), compiled=compiled)[0] == [None, None]
+
+
+def test_what_was_decided_is_said(make_checkpoint: Callable[..., Path], make_request: Callable) -> None:
+    from diffusers_reference import HostVae
+    from imagined_machine import imagined_machine
+    from wan_sharded.engine import open_model
+    from wan_sharded.engine.owner import ModelOwner
+    from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
+
+    checkpoint = make_checkpoint(num_blocks=2)
+    owner = ModelOwner()
+    engine = ImageToVideo(owner, lambda: imagined_machine(2, all_cpu=True))
+    request = make_request(prompt_embeds=torch.ones(1, 3, 32), guidance_scale=1.0, num_inference_steps=2, switch_step=1)
+    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel")
+    assert not any("few bits" in note for note in engine(handle, request, vae=HostVae(checkpoint)).notes)
+    assert owner.loaded is not None and owner.loaded._crew is not None
+    owner.loaded._crew.shares[1].multiply_few_bits = True
+    notes = [note for note in engine(handle, request, vae=HostVae(checkpoint)).notes if "few bits" in note]
+    assert len(notes) == 1 and notes[0].startswith("GPU 1 · Imagined") and "GPU 0" not in notes[0]
+    owner.release()

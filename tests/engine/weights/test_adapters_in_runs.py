@@ -231,7 +231,7 @@ def test_loras_count(
     sizes = expert.sizes(chosen[HIGH_NOISE])
     block = max(size for part, size in sizes.items() if part.startswith("blocks."))
     assert block > 1.2 * tiny.block_bytes
-    tiny.widened_bytes = expert.widened_bytes_with(chosen[HIGH_NOISE])
+    tiny.widened_bytes = expert.widened_bytes(chosen[HIGH_NOISE])
     weights = [room * sum(sizes.values()) + 2 * block for room in rooms]
     handle = open_model(checkpoint, weight_dtype=weight_dtype, max_memory_gib=tiny.sliders(bench.make_request().shape, weights), **options)
     # What is converted or merged passes through float32, and stands a few times beside what it becomes. While that happens, the room that
