@@ -1,6 +1,5 @@
 """Single files of the text encoder are recognised by what is inside, and what can't be used is named with what to choose instead."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -100,9 +99,10 @@ def test_what_else_a_file_holds_is_left_alone(write: Callable[..., Path]) -> Non
         tensors["logit_scale"] = torch.ones(())
         tensors["decoder.block.0.layer.0.SelfAttention.q.weight"] = torch.ones(2, 2)
 
-    assert open_umt5_file(write("fp8_scaled_old", more)).tensors == {
-        name: dataclasses.replace(stored) for name, stored in open_umt5_file(write("fp8_scaled_old", more)).tensors.items()
-    }
+    def what_is_read(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {name: (stored.dtype, stored.shape) for name, stored in open_umt5_file(path).tensors.items()}
+
+    assert what_is_read(write("fp8_scaled_old", more)) == what_is_read(write("fp8_scaled_old"))
     layers = json.dumps({"layers": {QUERY: {"format": "float8_e4m3fn"}}})
     assert open_umt5_file(write("fp8_scaled_old", _quantization_metadata=layers)).has_fp8
 
