@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV_PYTHON := $(if $(filter Windows_NT,$(OS)),.venv/Scripts/python.exe,.venv/bin/python)
 # make test ARGS="-k loader -x"
 ARGS ?=
+# Test processes at once; 0: none but pytest's own, for a debugger.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean
@@ -22,7 +24,7 @@ demo:
 
 test:
 	@$(PYTHON) scripts/setup_env.py --dev
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@$(VENV_PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
 lint:
 	@$(PYTHON) scripts/setup_env.py --dev

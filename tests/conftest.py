@@ -26,6 +26,13 @@ if "wan_sharded" not in sys.modules:
     sys.modules["wan_sharded"] = pack
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes (pytest-xdist), a file's tests share one, and so do all that need a GPU's memory."""
+    for item in items:
+        alone = item.get_closest_marker("gpu") is not None or item.path.parent.name == "gpu"
+        item.add_marker(pytest.mark.xdist_group("gpu" if alone else str(item.path.relative_to(ROOT))))
+
+
 def _kept(scripts: tuple[str, ...], key: object, write: Callable[[Path], object]) -> Path:
     """A folder of checkpoints that ``write`` makes, unless an earlier run of the same scripts and libraries made it."""
     import diffusers

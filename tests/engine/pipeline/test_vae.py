@@ -292,7 +292,9 @@ def bend_one(tensors: dict[str, torch.Tensor]) -> None:
     tensors["decoder.head.2.weight"] = torch.zeros(3, 3)
 
 
-@pytest.mark.parametrize("change", [lose_one, bend_one, b"", b"PK" * 40, "truncated"], ids=str)
+@pytest.mark.parametrize(
+    "change", [lose_one, bend_one, b"", b"PK" * 40, "truncated"], ids=["a tensor lost", "a tensor bent", "empty", "a zip", "truncated"]
+)
 def test_a_file_that_cannot_be_loaded(
     published_shape: AutoencoderKLWan, files: Callable[..., ModelFiles], tmp_path: Path, quick: Request, change: object
 ) -> None:
