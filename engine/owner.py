@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from . import probe
-from .checkpoints.stored import HIGH_NOISE
 from .handle import ModelHandle
 from .loaded import LoadedModel
 from .planning.devices import Machine
@@ -69,7 +68,9 @@ class ModelOwner:
     ) -> tuple[tuple[Any, ...], LoadedModel, Plan]:
         """The identity of what a handle needs loaded, that model (ours if it is the same, else one without weights), a plan."""
         on_gpu = machine.devices[0].is_gpu
-        precision, notes = resolve_precision(handle.weight_dtype, handle.model.experts[HIGH_NOISE].stored_dtype, on_gpu=on_gpu)
+        precision, notes = resolve_precision(
+            handle.weight_dtype, *(files.stored_dtype for files in handle.model.experts.values()), on_gpu=on_gpu
+        )
         key = (handle.model.name, handle.model.fingerprint, precision)
         loaded = self._loaded if self._key == key and self._loaded is not None else LoadedModel(handle, precision)
         # What another model holds now is let go before this one arrives, so it counts as free.

@@ -94,6 +94,13 @@ class ComfyServer(ComfyClient):
         self._log: IO[bytes] | None = None
 
     @property
+    def process_id(self) -> int:
+        """Of the running server."""
+        if self._process is None:
+            raise ServerError("ComfyUI was not started.")
+        return self._process.pid
+
+    @property
     def input_dir(self) -> Path:
         return self.base_dir / "input"
 

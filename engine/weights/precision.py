@@ -85,33 +85,38 @@ def scale_name(weight: str) -> str:
     return f"{weight}_scale"
 
 
-def resolve_precision(choice: str, stored: str, *, on_gpu: bool) -> tuple[Precision, tuple[str, ...]]:
-    """The precision a choice means for a checkpoint on a kind of device, and notes for people.
+def resolve_precision(choice: str, *stored: str, on_gpu: bool) -> tuple[Precision, tuple[str, ...]]:
+    """The precision a choice means for a model's experts on a kind of device, and notes for people.
 
     Args:
         choice: one of ``WEIGHT_DTYPES``.
-        stored: the dtype of most of the checkpoint ("F32", "BF16", "F8_E4M3", "GGUF:Q4_K", ...).
+        stored: the dtype of most of each expert ("F32", "BF16", "F8_E4M3", "GGUF:Q4_K", ...).
         on_gpu: whether GPUs compute.
 
     Raises:
         InvalidRequestError: the choice is unknown.
-        UnsupportedError: the stored dtype can't be widened here.
+        UnsupportedError: a stored dtype can't be widened here.
     """
     if choice not in WEIGHT_DTYPES:
         raise InvalidRequestError(f"weight_dtype is {choice!r}; choose one of {', '.join(WEIGHT_DTYPES)}.")
-    few_bits = stored in _FEW_BITS or stored.startswith("GGUF:")
-    if not few_bits and stored not in _WIDE:
-        raise UnsupportedError(f"This checkpoint is stored as {stored}, which this version does not read. Use a bf16, fp16 or fp8 one.")
-    compute = _WIDE.get(stored, torch.float32)
+    few_bits = [dtype for dtype in stored if dtype in _FEW_BITS or dtype.startswith("GGUF:")]
+    wide = [dtype for dtype in stored if dtype not in few_bits]
+    for dtype in wide:
+        if dtype not in _WIDE:
+            raise UnsupportedError(f"This checkpoint is stored as {dtype}, which this version does not read. Use a bf16, fp16 or fp8 one.")
+    compute = _WIDE[wide[0]] if wide else torch.float32
     compute = torch.bfloat16 if on_gpu and compute == torch.float32 else compute
     if choice in _PLAIN:
         return Precision(_PLAIN[choice], _PLAIN[choice]), ()
-    if choice == "default":
-        if few_bits:
-            return Precision(compute, compute, as_stored=stored), ()
-        notes = ("The checkpoint is stored in fp32; it is kept in bf16, as Wan was trained.",) if compute != _WIDE[stored] else ()
-        return Precision(compute, compute), notes
-    return Precision(compute, torch.int8 if choice == "int8" else torch.float8_e4m3fn), ()
+    if choice != "default":
+        return Precision(compute, torch.int8 if choice == "int8" else torch.float8_e4m3fn), ()
+    notes: list[str] = []
+    for dtype in sorted({_WIDE[dtype] for dtype in wide} - {compute}, key=str):
+        why = "as Wan was trained" if dtype == torch.float32 else "as the other expert's are"
+        notes.append(f"Weights stored in {_NAMES[dtype]} are kept in {_NAMES[compute]}, {why}.")
+    if few_bits and wide:
+        notes.append("One expert's file has few bits and the other's has not; each is kept as it is.")
+    return Precision(compute, compute, as_stored=few_bits[0] if few_bits else ""), tuple(notes)
 
 
 def parameter_forms(model: nn.Module, tensors: Mapping[str, StoredTensor], precision: Precision) -> dict[str, Form]:

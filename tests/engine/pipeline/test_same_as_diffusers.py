@@ -311,5 +311,5 @@ def test_fp32_checkpoints_become_bf16_on_gpus(tiny_checkpoint: Path, make_reques
     with ImaginedGpus():
         engine = ImageToVideo(ModelOwner(), lambda: imagined_machine(2))
         result = engine(open_model(tiny_checkpoint), make_request(), vae=HostVae(tiny_checkpoint))
-    assert "Note: The checkpoint is stored in fp32; it is kept in bf16, as Wan was trained." in result.placement
+    assert "Note: Weights stored in fp32 are kept in bf16, as Wan was trained." in result.placement
     assert furthest(result.frames, diffusers_frames(tiny_checkpoint, make_request(), dtype=torch.bfloat16)) <= TOLERANCE

@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers_reference import HostVae
 from imagined_gpus import ImaginedGpus
 from imagined_machine import imagined_machine
+from tiny_single_files import file_names
 from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folder
+from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, LOW_NOISE
 from wan_sharded.engine.errors import InvalidRequestError, UnsupportedError
 from wan_sharded.engine.handle import open_model
 from wan_sharded.engine.owner import ModelOwner
+from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
 from wan_sharded.engine.transformer.low_precision import quantized_rows, widened_rows
 from wan_sharded.engine.weights.expert import CPU, Expert
 from wan_sharded.engine.weights.precision import Precision, block_matrices, resolve_precision
@@ -55,6 +59,38 @@ def test_what_a_choice_means(choice: str, stored: str, on_gpu: bool, dtype: torc
 def test_few_bits_stay_as_they_are(stored: str, on_gpu: bool) -> None:
     compute = BF16 if on_gpu else F32
     assert resolve_precision("default", stored, on_gpu=on_gpu) == (Precision(compute, compute, as_stored=stored), ())
+
+
+@pytest.mark.parametrize(
+    ("stored", "compute", "as_stored", "noted"),
+    [
+        (("BF16", "F8_E4M3"), BF16, "F8_E4M3", 1),
+        (("GGUF:Q4_K", "F16"), F16, "GGUF:Q4_K", 1),
+        (("F32", "GGUF:Q8_0"), BF16, "GGUF:Q8_0", 2),
+        (("F8_E4M3", "GGUF:Q8_0"), BF16, "F8_E4M3", 0),
+        (("F16", "BF16"), F16, "", 1),
+        (("F16", "F16"), F16, "", 0),
+    ],
+)
+def test_experts_that_are_stored_differently(stored: tuple[str, str], compute: torch.dtype, as_stored: str, noted: int) -> None:
+    precision, notes = resolve_precision("default", *stored, on_gpu=True)
+    assert precision == Precision(compute, compute, as_stored)
+    assert len(notes) == noted
+
+
+def test_each_expert_is_kept_as_its_file_has_it(tiny_single_files: Path, make_request: Callable) -> None:
+    high = tiny_single_files / file_names("original_bf16")[HIGH_NOISE]
+    low = tiny_single_files / file_names("fp8_scaled_old")[LOW_NOISE]
+    handle = open_model(tiny_single_files / "diffusers", high_noise_model=high, low_noise_model=low)
+    owner = ModelOwner()
+    with ImaginedGpus():
+        vae = HostVae(tiny_single_files / "diffusers")
+        result = ImageToVideo(owner, lambda: imagined_machine(1))(handle, make_request(), vae=vae)
+        assert owner.loaded is not None
+        kept = [expert.block_weights("blocks.0")["attn1.to_q.weight"].dtype for expert in owner.loaded.experts.values()]
+        assert torch.isfinite(result.frames).all()
+    assert kept == [BF16, FP8]
+    assert "One expert's file has few bits and the other's has not" in result.placement
 
 
 def test_names_for_people() -> None:
@@ -162,9 +198,6 @@ def test_widening_rounds_once() -> None:
 @pytest.mark.parametrize("weight_dtype", ["int8", "fp8_e4m3fn"])
 def test_eight_bits_are_the_same_on_several_devices(tiny_checkpoint: Path, make_request: Callable, weight_dtype: str) -> None:
     """Quantized weights survive being moved, parked and fetched."""
-    from diffusers_reference import HostVae
-    from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
-
     request = make_request(prompt_embeds=torch.ones(1, 3, 32), negative_prompt_embeds=torch.zeros(1, 1, 32))
     handle = open_model(tiny_checkpoint, weight_dtype=weight_dtype)
     with ImaginedGpus():
