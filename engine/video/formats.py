@@ -29,6 +29,7 @@ class VideoFormat:
         colours: how RGB becomes ``pix_fmt``: BT.709 limited range, left as it is, or one palette of 256 colours for each frame.
         bits: what frames are rounded to before that; 16 for codecs of more than 8 bits.
         size_multiple: width and height must be a multiple of this (2 where chroma is halved).
+        min_side: smallest width and height.
         quality_option: the encoder's option that the quality number goes to; empty where there is none.
         quality_scale: the encoder's number for quality 0, 19 and 51; in between it is linear.
         takes_bitrate: whether a bit rate can be given instead of a quality.
@@ -54,6 +55,7 @@ class VideoFormat:
     colours: Literal["bt709", "rgb", "palette"] = "bt709"
     bits: Literal[8, 16] = 8
     size_multiple: int = 2
+    min_side: int = 1
     quality_option: str = ""
     quality_scale: tuple[float, float, float] = (0, 19, 51)
     takes_bitrate: bool = True
@@ -96,7 +98,7 @@ _TABLE = (
     VideoFormat(
         "mp4 (H.264)", "mp4", "mp4", "libx264", "yuv420p", quality_option="crf", options={"preset": "medium"}, container_options=_MP4
     ),
-    # x265 looks alike at about 3 more. "hvc1" is the only name under which Apple's players take H.265.
+    # x265 looks alike at about 3 more. Below 64 it writes past its own memory now and then, which ends ComfyUI (seen at 48×32). "hvc1" is the only name under which Apple's players take H.265.
     VideoFormat(
         *("mp4 (H.265)", "mp4", "mp4", "libx265", "yuv420p"),
         quality_option="crf",
@@ -104,6 +106,7 @@ _TABLE = (
         options=_X265,
         container_options=_MP4,
         codec_tag="hvc1",
+        min_side=64,
         preview="",
     ),
     VideoFormat(
@@ -114,6 +117,7 @@ _TABLE = (
         options=_X265,
         container_options=_MP4,
         codec_tag="hvc1",
+        min_side=64,
         preview="",
     ),
     VideoFormat(

@@ -83,6 +83,10 @@ def write_video(
     pictures = rgb_frames(frames, alpha=bool(row.alpha_pix_fmt), bits=row.bits)
     first = next(pictures)
     height, width, channels = first.shape
+    if min(height, width) < row.min_side:
+        raise InvalidRequestError(
+            f"Frames are {width}×{height} and {row.label} needs sides of {row.min_side} or more. Choose another format."
+        )
     for note in left_out(row, audio=sound is not None, alpha=False, metadata=bool(metadata), loop_count=loop_count):
         _log.warning("%s: %s", target.name, note)
     partial = target.with_name(f".wan-sharded-{secrets.token_hex(8)}.part")

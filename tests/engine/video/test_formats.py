@@ -14,7 +14,7 @@ from wan_sharded.engine.video.formats import FORMATS, QUALITY_RANGE, left_out
 from wan_sharded.engine.video.frames import PingPong
 from wan_sharded.engine.video.writer import write_video
 
-FRAMES, HEIGHT, WIDTH = 9, 48, 64
+FRAMES, HEIGHT, WIDTH = 9, 64, 64
 HARDWARE = [label for label, row in FORMATS.items() if row.needs]
 PILLOW = ["gif", "webp", "png sequence"]
 VIDEO = [label for label in FORMATS if label not in HARDWARE and label not in PILLOW]
@@ -139,9 +139,9 @@ def test_ten_bits_are_ten_bits(label, tmp_path):
 
 @pytest.mark.parametrize("label", SOFTWARE)
 def test_odd_sizes(label, tmp_path):
-    path = write_video(smooth(3, 47, 63), tmp_path / name_of(label), fps=16, format=label)
+    path = write_video(smooth(3, 67, 65), tmp_path / name_of(label), fps=16, format=label)
     multiple = FORMATS[label].size_multiple
-    assert decoded(path, label).shape == (FRAMES, 47 + 47 % multiple, 63 + 63 % multiple, 4)
+    assert decoded(path, label).shape == (FRAMES, 67 + 67 % multiple, 65 + 65 % multiple, 4)
 
 
 @pytest.mark.parametrize("label", [label for label in VIDEO if FORMATS[label].audio_codec])
@@ -260,6 +260,12 @@ def test_ping_pong(count, order, tmp_path):
     assert view.order() == order and len(view) == len(order)
     found = decoded(write_video(view, tmp_path / "a.mkv", fps=Fraction(16), format="mkv (FFV1)"), "mkv (FFV1)")
     assert np.array_equal(found[..., :3], (frames.numpy() * 255).round()[order])
+
+
+def test_sizes_that_end_x265_are_refused(tmp_path):
+    with pytest.raises(InvalidRequestError, match="64×48.*64 or more"):
+        write_video(smooth(3, 48, 64), tmp_path / "a.mp4", fps=16, format="mp4 (H.265)")
+    assert os.listdir(tmp_path) == []
 
 
 def test_frames_with_and_without_alpha_do_not_mix(tmp_path):
