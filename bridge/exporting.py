@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import comfy.model_management
 import comfy.utils
@@ -27,7 +27,7 @@ from ..engine.video.frames import PingPong, check_batch, rgb_frames
 from ..engine.video.stills import write_png
 from ..engine.video.writer import exact_frame_rate, write_video
 
-Video = VideoFromFile | VideoFromComponents
+Video: TypeAlias = VideoFromFile | VideoFromComponents
 
 
 def export(
