@@ -136,12 +136,20 @@ class VideoEncoder:
             if self._palettes is not None:
                 for picture in self._palettes.push(None, 0, 1 / self._frame_rate):
                     self._container.mux(self._video.encode(picture))
-            self._container.mux(self._video.encode(None))
+            self._container.mux(self._last_packets())
             if self._audio is not None:
                 self._container.mux(self._audio.encode(None))
             self._container.close()
             if self._row.metadata == "exif":
                 add_exif_to_webp(self._partial, self._metadata)
+
+    def _last_packets(self) -> list[Any]:
+        packets: list[Any] = self._video.encode(None)
+        if self._frames_written < 3:
+            # x265 knows when to decode only from the third frame on, and says what its memory held before; mp4 refuses most of that.
+            for packet in packets:
+                packet.dts = packet.pts  # so few frames are never out of order
+        return packets
 
     def abandon(self) -> None:
         """Release the file; nothing is raised. Harmless after :meth:`finish`."""

@@ -89,6 +89,18 @@ def test_pixels_count_and_size(label, tmp_path):
     assert os.listdir(tmp_path) == [name_of(label)]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("label", SOFTWARE)
+def test_few_frames(label, count, tmp_path):
+    frames = smooth()[:count]
+    found = decoded(write_video(frames, tmp_path / name_of(label), fps=16, format=label), label)
+    assert found.shape == (count, HEIGHT, WIDTH, 4)
+    if label in VIDEO:
+        with av.open(str(tmp_path / name_of(label))) as container:
+            assert abs(container.duration / av.time_base - count / 16) < 2e-3
+            assert [round(float(picture.pts * picture.time_base) * 16) for picture in container.decode(video=0)] == list(range(count))
+
+
 @pytest.mark.parametrize("label", VIDEO)
 def test_stream_colours_duration_and_tags(label, tmp_path):
     metadata = {"workflow": '{"title": "größer 漢"}', "prompt": "{}"}
