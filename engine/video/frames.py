@@ -111,16 +111,17 @@ def _pixels(frame: Any, index: int, alpha: bool, bits: int) -> NDArray[Any]:
         raise _type_error(pixels.dtype, index)
     # Rounded where the frame lives, so that a GPU's frame crosses the bus in its final size.
     pixels = pixels.float()
-    if not bool(torch.isfinite(pixels).all()):
+    # aminmax keeps NaN, and reads a frame once without writing one of its size.
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(pixels))).all()):
         raise InvalidRequestError(
             f"Frame {index} has NaN or infinite pixels: the model or the VAE that made it overflowed. "
             "Use bf16 instead of fp16 there, another VAE, or a lower LoRA strength."
         )
-    pixels = pixels.clamp(0, 1)
+    pixels = pixels.clamp(0, 1)  # a copy; from here on in place, because new memory of a frame's size costs more than the arithmetic
     if bits == 8:
-        return pixels.mul(255).round().to(torch.uint8).cpu().contiguous().numpy()
+        return pixels.mul_(255).round_().to(torch.uint8).cpu().contiguous().numpy()
     # int32 on the way: torch has few operators for uint16.
-    return pixels.mul(65535).round().to(torch.int32).cpu().contiguous().numpy().astype(np.uint16)
+    return pixels.mul_(65535).round_().to(torch.int32).cpu().contiguous().numpy().astype(np.uint16)
 
 
 def _tensor(frame: NDArray[Any], index: int) -> torch.Tensor:
