@@ -274,7 +274,7 @@ def test_ping_pong(count, order, tmp_path):
     assert np.array_equal(found[..., :3], (frames.numpy() * 255).round()[order])
 
 
-def test_sizes_that_end_x265_are_refused(tmp_path):
+def test_sizes_at_which_x265_aborted_are_refused(tmp_path):
     with pytest.raises(InvalidRequestError, match="64×48.*64 or more"):
         write_video(smooth(3, 48, 64), tmp_path / "a.mp4", fps=16, format="mp4 (H.265)")
     assert os.listdir(tmp_path) == []
