@@ -1,7 +1,9 @@
 """Where benchmark figures go: a table on the screen and in RESULTS.md, and a JSON file with everything."""
 
 import json
+import os
 import platform
+import re
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -55,9 +57,11 @@ def versions() -> dict[str, str]:
 
 
 def device_words() -> str:
-    """``2 x NVIDIA H200``."""
+    """``2 x NVIDIA H200``, or the CPU."""
     if not torch.cuda.is_available():
-        return f"CPU {platform.processor() or platform.machine()}"
+        cpuinfo = Path("/proc/cpuinfo")
+        names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else []
+        return f"CPU {names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return ", ".join(f"{names.count(name)} x {name}" for name in sorted(set(names)))
 

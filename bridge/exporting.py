@@ -1,28 +1,33 @@
-"""Video Export: ComfyUI's output folder, metadata, progress and cancel around the engine's writer.
+"""Video Export: ComfyUI's folders, metadata, preview, progress and cancel around the engine's writer.
 
 Owns where the file goes and what it carries. Knows nothing of codecs; called by ``nodes/export.py``.
 """
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
 from comfy.cli_args import args
-from comfy_api.input_impl import VideoFromFile
+from comfy_api.input_impl import VideoFromComponents, VideoFromFile
 from comfy_api.latest import io, ui
+from comfy_api.util import VideoComponents
 
 from ..engine.errors import InvalidRequestError
 from ..engine.video.failures import export_error
-from ..engine.video.formats import video_format
-from ..engine.video.frames import check_batch
-from ..engine.video.writer import write_video
+from ..engine.video.formats import VideoFormat, left_out, video_format
+from ..engine.video.frames import PingPong, check_batch, rgb_frames
+from ..engine.video.stills import write_png
+from ..engine.video.writer import exact_frame_rate, write_video
+
+Video: TypeAlias = VideoFromFile | VideoFromComponents
 
 
 def export(
@@ -35,21 +40,31 @@ def export(
     audio: Mapping[str, Any] | None,
     prompt: Any,
     extra_pnginfo: Mapping[str, Any] | None,
-) -> tuple[VideoFromFile, str, ui.PreviewVideo]:
-    """Write ``images`` to a numbered file in ComfyUI's output folder.
+    pingpong: bool = False,
+    loop_count: int = 0,
+    save_output: bool = True,
+    first_frame_png: bool = False,
+    bitrate_mbps: float = 0,
+) -> tuple[Video, str, dict[str, Any]]:
+    """Write ``images`` to a numbered file (or, as a PNG sequence, folder) in ComfyUI's output folder.
 
     Args:
         images: [T, H, W, C] float 0..1, any device.
         fps: frames per second.
         filename_prefix: folder and beginning of the name inside the output folder; %year%, %width% and so on are filled in.
         format: a key of the engine's ``FORMATS``.
-        quality: the encoder's quality number.
+        quality: 0..51, lower is better.
         audio: AUDIO or None.
         prompt: the API prompt, or None.
         extra_pnginfo: what else ComfyUI wants saved (``workflow``), or None.
+        pingpong: forwards, then backwards.
+        loop_count: how often gif and webp are played, 0 for ever.
+        save_output: False writes to ComfyUI's temp folder, which it empties when it starts.
+        first_frame_png: the first frame beside it, as a PNG of the same name that carries the workflow.
+        bitrate_mbps: 10^6 bits per second instead of a quality, 0 for none.
 
     Returns:
-        The VIDEO, the file's path, and the preview to show on the node.
+        The VIDEO, the file's path, and what the node shows: a preview where browsers have one, and a text.
 
     Raises:
         InvalidRequestError, ExportError: as :func:`~..engine.video.writer.write_video`, and for a prefix that is empty or leaves the output folder.
@@ -57,9 +72,13 @@ def export(
     """
     row = video_format(format)
     check_batch(images)
-    folder, name, counter, subfolder = _save_path(filename_prefix, width=images.shape[2], height=images.shape[1])
-    path = _claim(folder, name, counter, row.extension)
-    progress = comfy.utils.ProgressBar(len(images))
+    folder_type = io.FolderType.output if save_output else io.FolderType.temp
+    folder, name, counter, subfolder = _save_path(filename_prefix, folder_type, width=images.shape[2], height=images.shape[1])
+    path = _claim(folder, name, counter, row)
+    still = path.with_name(f"{path.stem}.png") if first_frame_png else None
+    frames = PingPong(images) if pingpong else images
+    progress = comfy.utils.ProgressBar(len(frames))
+    metadata = _metadata(prompt, extra_pnginfo)
 
     def on_frame(written: int, total: int | None) -> None:
         # The progress bar's hook raises the interrupt too, but only where a server has installed one.
@@ -68,17 +87,71 @@ def export(
 
     whole = False
     try:
+        if still is not None:
+            _write_still(images, still, metadata)
         write_video(
-            images, path, fps=fps, format=format, quality=quality, audio=audio, metadata=_metadata(prompt, extra_pnginfo), on_frame=on_frame
+            *(frames, path),
+            fps=fps,
+            format=format,
+            quality=quality,
+            bitrate_mbps=bitrate_mbps,
+            loop_count=loop_count,
+            audio=audio,
+            metadata=metadata,
+            on_frame=on_frame,
         )
         whole = True
     finally:
         # Not `except`: newer ComfyUI interrupts with a BaseException.
         if not whole:
-            with suppress(OSError):  # the error on its way says more
-                path.unlink(missing_ok=True)
-    preview = ui.PreviewVideo([ui.SavedResult(path.name, subfolder, io.FolderType.output)])
-    return VideoFromFile(str(path)), str(path), preview
+            _remove(path, still)
+    notes = left_out(row, audio=audio is not None, alpha=images.shape[3] == 4, metadata=bool(metadata), loop_count=loop_count)
+    return _video(row, path, images, frames, audio, fps), str(path), _shown(row, path, subfolder, folder_type, still, notes)
+
+
+def _video(row: VideoFormat, path: Path, images: torch.Tensor, frames: Any, audio: Any, fps: float) -> Video:
+    """The file where core's nodes read it, else the frames themselves: core's Save Video copies streams into an mp4."""
+    if row.core_reads:
+        return VideoFromFile(str(path))
+    if isinstance(frames, PingPong):
+        images = images[frames.order()]
+    return VideoFromComponents(VideoComponents(images=images[..., :3], audio=audio, frame_rate=exact_frame_rate(fps)))
+
+
+def _shown(
+    row: VideoFormat, path: Path, subfolder: str, folder_type: io.FolderType, still: Path | None, notes: list[str]
+) -> dict[str, Any]:
+    """What ComfyUI's page shows. "animated" makes it play videos and WebP; with it, it takes GIF for a video."""
+    shown: dict[str, Any] = {}
+    lines = [path.name, *notes]
+    if row.is_folder:
+        shown["images"] = [ui.SavedResult(min(path.iterdir()).name, str(Path(subfolder, path.name)), folder_type)]
+    elif row.preview:
+        shown["images"] = [ui.SavedResult(path.name, subfolder, folder_type)]
+        if row.extension != "gif":
+            shown["animated"] = (True,)
+    else:
+        lines.append(f"No preview: not every browser plays {row.label}.")
+        if still is not None:
+            shown["images"] = [ui.SavedResult(still.name, subfolder, folder_type)]
+    shown["text"] = ("\n".join(lines),)
+    return shown
+
+
+def _write_still(images: torch.Tensor, path: Path, metadata: Mapping[str, str]) -> None:
+    try:
+        write_png(next(rgb_frames(images[:1], alpha=True)), path, metadata)
+    except OSError as error:
+        raise export_error(path, error) from error
+
+
+def _remove(path: Path, still: Path | None) -> None:
+    for file in (path, still):
+        with suppress(OSError):  # the error on its way says more
+            if file is not None and file.is_dir():
+                shutil.rmtree(file)
+            elif file is not None:
+                file.unlink(missing_ok=True)
 
 
 def checked_prefix(filename_prefix: str, *, windows: bool = os.name == "nt") -> str:
@@ -108,9 +181,9 @@ def checked_prefix(filename_prefix: str, *, windows: bool = os.name == "nt") -> 
     return prefix
 
 
-def _save_path(filename_prefix: str, *, width: int, height: int) -> tuple[Path, str, int, str]:
+def _save_path(filename_prefix: str, folder_type: io.FolderType, *, width: int, height: int) -> tuple[Path, str, int, str]:
     """Core's folder (made if missing), name, first free number and subfolder for a prefix."""
-    output = folder_paths.get_output_directory()
+    output = folder_paths.get_output_directory() if folder_type is io.FolderType.output else folder_paths.get_temp_directory()
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(checked_prefix(filename_prefix), output, width, height)
     except OSError as error:
@@ -118,12 +191,15 @@ def _save_path(filename_prefix: str, *, width: int, height: int) -> tuple[Path, 
     return Path(folder), name, counter, subfolder
 
 
-def _claim(folder: Path, name: str, counter: int, extension: str) -> Path:
-    """Create the first free numbered file, empty, so that no other prompt, server or node takes the number meanwhile."""
+def _claim(folder: Path, name: str, counter: int, row: VideoFormat) -> Path:
+    """Create the first free numbered file or folder, empty, so that no other prompt, server or node takes the number meanwhile."""
     while True:
-        path = folder / f"{name}_{counter:05}_.{extension}"
+        path = folder / (f"{name}_{counter:05}_" if row.is_folder else f"{name}_{counter:05}_.{row.extension}")
         try:
-            path.touch(exist_ok=False)
+            if row.is_folder:
+                path.mkdir()
+            else:
+                path.touch(exist_ok=False)
         except FileExistsError:
             counter += 1
         except OSError as error:

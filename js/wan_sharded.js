@@ -1,6 +1,7 @@
 /**
  * The browser side of ComfyUI-Wan-Sharded: GPU sliders named after the GPUs of this server, and a read-only text on the
- * loader (where the model was placed), on the sampler (notes on the run) and on the LoRA node (what it changes).
+ * loader (where the model was placed), on the sampler (notes on the run), on the LoRA node (what it changes) and on
+ * the export (what was written).
  *
  * ComfyUI loads every .js file below this folder as an extension; only this one registers something.
  */
@@ -18,9 +19,11 @@ const LORA = "WanShardedLora";
 const TEXTS = {
   [LOADER]: { placeholder: "Placement: which GPU holds what. Seen here when the workflow runs.", heightPx: 160 },
   [SAMPLER]: { placeholder: "Notes on the run: settings, time, memory. Seen here when the workflow runs.", heightPx: 100 },
+  [EXPORT]: { placeholder: "The file, and what its format had no place for. Seen here when the workflow runs.", heightPx: 40 },
   [LORA]: { placeholder: "What each LoRA changes. Seen here when the workflow runs.", heightPx: 60 },
 };
 const MIN_WIDTH_PX = 400;
+const PICTURE = /\.(gif|webp|png)$/;
 
 app.registerExtension({
   name: "wan_sharded",
@@ -39,6 +42,7 @@ app.registerExtension({
 
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
+      if (nodeData.name === EXPORT) this.previewMediaType = PICTURE.test(output?.images?.[0]?.filename) ? "image" : "video";
       onExecuted?.apply(this, arguments);
       if (output?.text) showText(this, output.text.join("\n"));
     };

@@ -17,6 +17,7 @@ _REMEDIES = {
     errno.ENOTDIR: "A file stands where a folder should be. Rename it, or choose another folder.",
     errno.EEXIST: "A file stands where a folder should be. Rename it, or choose another folder.",
     errno.EISDIR: "A folder of that name exists. Choose another file name.",
+    errno.ENOTEMPTY: "A folder of that name holds files. Choose another name.",
     errno.ENAMETOOLONG: "The name is too long. Choose a shorter one.",
     errno.EIO: "The disk reported an error. Check it, or write to another disk.",
 }

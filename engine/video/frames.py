@@ -1,10 +1,10 @@
-"""Frames in any form people hold them, as 8-bit RGB pictures one at a time.
+"""Frames in any form people hold them, as RGB or RGBA pictures one at a time.
 
-Owns the checks on pixels and the rounding to 8 bits. Knows nothing of files or codecs; called by the writer.
+Owns the checks on pixels, their rounding and the order of frames. Knows nothing of files or codecs; called by the writer.
 Shapes: T frames, H height and W width in pixels, C channels (3 RGB, or 4 RGBA).
 """
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -44,15 +44,34 @@ def frame_total(frames: Frames) -> int | None:
     return len(frames) if isinstance(frames, Sized) else None
 
 
-def rgb_frames(frames: Frames) -> Iterator[NDArray[np.uint8]]:
-    """Yield each frame as 8-bit RGB on the CPU; one frame is held at a time.
+class PingPong(Sized):
+    """Frames forwards, then backwards without the two ends: 0 1 2 3 2 1. A view; nothing is copied."""
+
+    def __init__(self, frames: torch.Tensor | NDArray[Any] | Sequence[Frame]) -> None:
+        self._frames = frames
+
+    def __len__(self) -> int:
+        return max(len(self._frames), 2 * len(self._frames) - 2)
+
+    def __iter__(self) -> Iterator[Frame]:
+        return (cast("Frame", self._frames[index]) for index in self.order())
+
+    def order(self) -> list[int]:
+        """The indices of the frames shown."""
+        return [*range(len(self._frames)), *range(len(self._frames) - 2, 0, -1)]
+
+
+def rgb_frames(frames: Frames, *, alpha: bool = False, bits: int = 8) -> Iterator[NDArray[Any]]:
+    """Yield each frame on the CPU, rounded to ``bits``; one frame is held at a time.
 
     Args:
         frames: [T, H, W, C] tensor (any device) or array, or an iterable of [H, W, C] tensors, arrays or PIL images.
-            Floating point 0..1 (values outside are clamped, as ComfyUI does) or uint8 0..255. Alpha is dropped.
+            Floating point 0..1 (values outside are clamped, as ComfyUI does) or uint8 0..255.
+        alpha: keep a fourth channel where frames have one; else it is dropped.
+        bits: 8 or 16.
 
     Yields:
-        [H, W, 3] uint8, contiguous.
+        [H, W, C] uint8 or uint16, contiguous; C is 3, or 4 with alpha.
 
     Raises:
         InvalidRequestError: no frames, a wrong shape or type, frames of different sizes, NaN or infinite pixels.
@@ -60,8 +79,12 @@ def rgb_frames(frames: Frames) -> Iterator[NDArray[np.uint8]]:
     check_batch(frames)
     size: tuple[int, ...] | None = None
     for index, frame in enumerate(frames):
-        rgb = _rgb(frame, index)
+        rgb = _pixels(frame, index, alpha, bits)
         size = size or rgb.shape
+        if rgb.shape[2] != size[2]:
+            raise InvalidRequestError(
+                f"Frame {index} has {rgb.shape[2]} channels and the first frame has {size[2]}. Give all frames alpha, or none."
+            )
         if rgb.shape != size:
             raise InvalidRequestError(
                 f"Frame {index} is {rgb.shape[1]}×{rgb.shape[0]} pixels and the first frame is {size[1]}×{size[0]}. Scale all frames to one size."
@@ -71,28 +94,34 @@ def rgb_frames(frames: Frames) -> Iterator[NDArray[np.uint8]]:
         raise InvalidRequestError("There are no frames to write. Give at least one.")
 
 
-def _rgb(frame: Any, index: int) -> NDArray[np.uint8]:
+def _pixels(frame: Any, index: int, alpha: bool, bits: int) -> NDArray[Any]:
     if isinstance(frame, Image.Image):
-        return np.array(frame.convert("RGB"))
+        frame = np.array(frame.convert("RGBA" if alpha and frame.mode in ("RGBA", "LA", "PA") else "RGB"))
     if isinstance(frame, np.ndarray):
         frame = _tensor(cast("NDArray[Any]", frame), index)
     if not isinstance(frame, torch.Tensor):
         raise _type_error(type(frame).__name__, index)
     if frame.dim() != 3 or frame.shape[2] not in (3, 4) or 0 in frame.shape:
         raise InvalidRequestError(f"Frame {index} has the shape {list(frame.shape)}. Give [height, width, channels] with 3 or 4 channels.")
-    pixels = frame.detach()[..., :3]
+    pixels = frame.detach() if alpha else frame.detach()[..., :3]
     if pixels.dtype == torch.uint8:
-        return pixels.cpu().contiguous().numpy()
+        array = pixels.cpu().contiguous().numpy()
+        return array if bits == 8 else array.astype(np.uint16) * 257
     if not pixels.is_floating_point():
         raise _type_error(pixels.dtype, index)
-    # Rounded where the frame lives, so that a GPU's frame crosses the bus as three bytes a pixel.
+    # Rounded where the frame lives, so that a GPU's frame crosses the bus in its final size.
     pixels = pixels.float()
-    if not bool(torch.isfinite(pixels).all()):
+    # aminmax keeps NaN, and reads a frame once without writing one of its size.
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(pixels))).all()):
         raise InvalidRequestError(
             f"Frame {index} has NaN or infinite pixels: the model or the VAE that made it overflowed. "
             "Use bf16 instead of fp16 there, another VAE, or a lower LoRA strength."
         )
-    return pixels.clamp(0, 1).mul(255).round().to(torch.uint8).cpu().contiguous().numpy()
+    pixels = pixels.clamp(0, 1)  # a copy; from here on in place, because new memory of a frame's size costs more than the arithmetic
+    if bits == 8:
+        return pixels.mul_(255).round_().to(torch.uint8).cpu().contiguous().numpy()
+    # int32 on the way: torch has few operators for uint16.
+    return pixels.mul_(65535).round_().to(torch.int32).cpu().contiguous().numpy().astype(np.uint16)
 
 
 def _tensor(frame: NDArray[Any], index: int) -> torch.Tensor:

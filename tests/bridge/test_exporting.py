@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from PIL import Image
 
 cli_args = pytest.importorskip("comfy.cli_args", reason="put a ComfyUI folder on PYTHONPATH to run this")
 if not torch.cuda.is_available():
@@ -20,6 +21,7 @@ import folder_paths  # noqa: E402
 from comfy_api.latest import Input  # noqa: E402
 from wan_sharded.bridge.exporting import checked_prefix, export  # noqa: E402
 from wan_sharded.engine.errors import ExportError, InvalidRequestError  # noqa: E402
+from wan_sharded.engine.video.formats import FORMATS  # noqa: E402
 
 
 @pytest.fixture
@@ -67,7 +69,11 @@ def files(folder: Path) -> list[str]:
 def test_file_preview_and_video(output):
     video, path, preview = export(**request())
     assert path == str(output / "video" / "wan_00001_.mp4")
-    assert preview.as_dict() == {"images": [{"filename": "wan_00001_.mp4", "subfolder": "video", "type": "output"}], "animated": (True,)}
+    assert preview == {
+        "images": [{"filename": "wan_00001_.mp4", "subfolder": "video", "type": "output"}],
+        "animated": (True,),
+        "text": ("wan_00001_.mp4",),
+    }
     assert isinstance(video, Input.Video)
     assert (video.get_dimensions(), video.get_frame_count(), video.get_frame_rate()) == ((48, 32), 6, 16)
     assert files(output) == [os.path.join("video", "wan_00001_.mp4")]
@@ -149,14 +155,14 @@ def test_core_fills_in_the_prefix(output):
     _, path, preview = export(**request(filename_prefix="%year%/wan %width%x%height%"))
     year = str(time.localtime().tm_year)
     assert path == str(output / year / "wan 48x32_00001_.mp4")
-    assert preview.values[0]["subfolder"] == year
+    assert preview["images"][0]["subfolder"] == year
 
 
 @pytest.mark.parametrize("prefix", ["a/b/wan", "a\\b\\wan", "./a//b/wan"])
 def test_folders_in_the_prefix_are_made(prefix, output):
     _, _, preview = export(**request(filename_prefix=prefix))
     assert files(output) == [os.path.join("a", "b", "wan_00001_.mp4")]
-    assert preview.values[0]["subfolder"].replace("\\", "/") == "a/b"
+    assert preview["images"][0]["subfolder"].replace("\\", "/") == "a/b"
 
 
 @pytest.mark.parametrize("prefix", ["../wan", "a/../../wan", "..\\wan", "..", "/tmp/wan", "\\\\server\\wan", "", "/", ".", "a\0b"])
@@ -172,6 +178,56 @@ def test_prefixes_that_windows_cannot_take(prefix):
     with pytest.raises(InvalidRequestError, match="filename_prefix"):
         checked_prefix(prefix, windows=True)
     assert checked_prefix(prefix, windows=False) == prefix
+
+
+# Formats
+
+
+@pytest.mark.parametrize("format", [label for label, row in FORMATS.items() if not row.needs])
+def test_core_video_nodes_take_every_format(format, output):
+    audio = {"waveform": torch.rand(1, 2, 48_000) - 0.5, "sample_rate": 48_000}
+    video, path, shown = export(**request(images=request()["images"].repeat(1, 2, 2, 1), format=format, audio=audio, pingpong=True))
+    row = FORMATS[format]
+    assert Path(path).name == ("wan_00001_" if row.is_folder else f"wan_00001_.{row.extension}")
+    components = video.get_components()
+    assert components.images.shape == (10, 64, 96, 3)
+    middle = components.images[:, 16, 24, 0]
+    assert int(middle.argmax()) == 5 and torch.allclose(middle[1:5], middle[6:].flip(0), atol=0.03)
+    video.save_to(str(output / "saved.mp4"))  # core's Save Video with "auto"
+    with av.open(str(output / "saved.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 10
+    text = shown["text"][0]
+    assert ("images" in shown) == bool(row.preview) and ("No preview" in text) == (not row.preview)
+    assert ("sound was left out" in text) == (not row.audio_codec)
+    assert ("workflow was left out" in text) == (format == "gif")
+    assert ("animated" in shown) == (bool(row.preview) and format not in ("gif", "png sequence"))
+
+
+def test_png_sequence_is_a_numbered_folder(output):
+    _, path, shown = export(**request(format="png sequence"))
+    assert files(output) == [os.path.join("video", "wan_00001_", f"{number:05}.png") for number in range(1, 7)]
+    assert shown["images"][0]["filename"] == "00001.png" and Path(shown["images"][0]["subfolder"]) == Path("video/wan_00001_")
+    assert Path(export(**request(format="png sequence"))[1]).name == "wan_00002_"
+    assert Path(path).is_dir()
+
+
+def test_first_frame_beside_the_video(output):
+    wanted = request(format="mov (ProRes)", first_frame_png=True)
+    _, _, shown = export(**wanted)
+    assert files(output) == [os.path.join("video", name) for name in ("wan_00001_.mov", "wan_00001_.png")]
+    with Image.open(output / "video" / "wan_00001_.png") as image:
+        assert image.size == (48, 32)
+        assert json.loads(image.text["workflow"]) == wanted["extra_pnginfo"]["workflow"]
+    assert shown["images"][0]["filename"] == "wan_00001_.png"
+
+
+def test_temp_folder(output, tmp_path_factory, monkeypatch):
+    temp = tmp_path_factory.mktemp("temp")
+    monkeypatch.setattr(folder_paths, "temp_directory", str(temp))
+    _, path, shown = export(**request(save_output=False))
+    assert path == str(temp / "video" / "wan_00001_.mp4")
+    assert shown["images"][0]["type"] == "temp"
+    assert files(output) == []
 
 
 # What goes wrong
@@ -223,7 +279,9 @@ def test_interrupt_as_a_base_exception_leaves_nothing(output, hook):
         ({"images": torch.zeros(8, 8, 3)}, r"\[8, 8, 3\]"),
         ({"fps": 0.0}, "fps"),
         ({"format": "gone (H.999)"}, "no video format"),
-        ({"quality": 99}, "quality"),
+        ({"quality": 99, "first_frame_png": True}, "quality"),
+        ({"quality": 99, "format": "png sequence"}, "quality"),
+        ({"format": "gif", "bitrate_mbps": 3.0}, "no bit rate"),
         ({"audio": {"waveform": torch.zeros(3, 2, 9), "sample_rate": 48_000}}, "3 clips"),
     ],
 )

@@ -54,11 +54,19 @@ EXPORT_REQUIRED = {
     "format": "COMBO",
     "quality": "INT",
 }
+EXPORT_OPTIONAL = {
+    "audio": "AUDIO",
+    "pingpong": "BOOLEAN",
+    "loop_count": "INT",
+    "save_output": "BOOLEAN",
+    "first_frame_png": "BOOLEAN",
+    "bitrate_mbps": "FLOAT",
+}
 CONTRACT = {
     "WanShardedLoader": (LOADER_REQUIRED, {f"gpu{index}_gb": "FLOAT" for index in range(8)}, ["WAN_SHARDED_MODEL"]),
     "WanShardedLora": (LORA_REQUIRED, {}, ["WAN_SHARDED_MODEL"]),
     "WanShardedI2VSampler": (SAMPLER_REQUIRED, SAMPLER_OPTIONAL, ["IMAGE", "LATENT"]),
-    "WanShardedVideoExport": (EXPORT_REQUIRED, {"audio": "AUDIO"}, ["VIDEO", "STRING"]),
+    "WanShardedVideoExport": (EXPORT_REQUIRED, EXPORT_OPTIONAL, ["VIDEO", "STRING"]),
 }
 DEFAULTS = {
     "WanShardedLoader": {"device_map": "balanced", "weight_dtype": "default", "execution": "auto", "offload": "auto", "gpu0_gb": 0.0},

@@ -18,6 +18,10 @@ NEGATIVE = (
     "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
     "三条腿，背景人很多，倒着走"
 )
+FORMATS = (
+    *("mp4 (H.264)", "mp4 (H.265)", "mp4 (H.265, 10 bit)", "mp4 (AV1)", "mp4 (AV1, 10 bit)", "webm (VP9)", "mov (ProRes)", "mkv (FFV1)"),
+    *("gif", "webp", "png sequence", "mp4 (H.264, NVENC)", "mp4 (H.265, NVENC)"),
+)
 # What of an input's options is promised; the rest is looks, or differs between versions of ComfyUI.
 PROMISED = ("default", "min", "max", "step", "options", "multiline", "control_after_generate")
 
@@ -118,10 +122,17 @@ CONTRACTS = {
             "images": socket("IMAGE"),
             "fps": number("FLOAT", 16.0, 0.01, 1000.0, 0.01),
             "filename_prefix": text("video/wan", multiline=False),
-            "format": combo("mp4 (H.264)"),
+            "format": combo(*FORMATS),
             "quality": number("INT", 19, 0, 51),
         },
-        optional={"audio": socket("AUDIO")},
+        optional={
+            "audio": socket("AUDIO"),
+            "pingpong": ("BOOLEAN", {"default": False}),
+            "loop_count": number("INT", 0, 0, 65535),
+            "save_output": ("BOOLEAN", {"default": True}),
+            "first_frame_png": ("BOOLEAN", {"default": False}),
+            "bitrate_mbps": number("FLOAT", 0.0, 0.0, 1000.0, 0.1),
+        },
         outputs=[("video", "VIDEO"), ("path", "STRING")],
         output_node=True,
     ),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wan_sharded.engine.video import encoder as encoder_module
+from wan_sharded.engine.video import pictures as pictures_module
 from wan_sharded.engine.video.encoder import VideoEncoder
 from wan_sharded.engine.video.writer import exact_frame_rate, export_to_video, write_video
 
@@ -108,7 +108,7 @@ def test_saturated_colours_are_bt709(tmp_path):
 
 
 def test_the_colour_test_would_catch_bt601(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder_module, "Colorspace", SimpleNamespace(ITU709=encoder_module.Colorspace.ITU601))
+    monkeypatch.setattr(pictures_module, "Colorspace", SimpleNamespace(ITU709=pictures_module.Colorspace.ITU601))
     path = write_video(saturated(), tmp_path / "a.mp4", fps=16, quality=1)
     assert patch_error(path, BT709) > 30
     assert patch_error(path, BT601) < 4
