@@ -49,11 +49,12 @@ def visible_gpus() -> tuple[VisibleGpu, ...]:
 
 def probe_machine() -> Machine:
     """The visible GPUs with their free memory now, or the CPU where there is no GPU."""
-    host = int(psutil.virtual_memory().available)
+    memory = psutil.virtual_memory()
+    host = int(memory.available)
     devices = tuple(_device(index, gpu) for index, gpu in enumerate(visible_gpus()))
     if not devices:
-        devices = (DeviceInfo(0, "CPU", "cpu", int(psutil.virtual_memory().total), host, is_gpu=False),)
-    return Machine(devices, host, hidden_gpu_warning(), fragmentation())
+        devices = (DeviceInfo(0, "CPU", "cpu", int(memory.total), host, is_gpu=False),)
+    return Machine(devices, host, hidden_gpu_warning(), fragmentation(), int(memory.total))
 
 
 def _device(index: int, gpu: VisibleGpu) -> DeviceInfo:

@@ -20,9 +20,9 @@ from stored_like import described
 from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, LOW_NOISE, ModelFiles
 from wan_sharded.engine.handle import ModelHandle
 from wan_sharded.engine.owner import ModelOwner
-from wan_sharded.engine.pipeline.image_to_video import plan_report
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Machine
 from wan_sharded.engine.planning.footprint import FRAGMENTATION_ASYNC, VideoShape
+from wan_sharded.engine.reports import plan_report
 
 # Memory as the driver reports it, with a desktop on the first card; 64 GB of system memory with the usual programs open.
 GPUS = (
