@@ -16,7 +16,7 @@ from ..checkpoints.stored import INPUT_CHANNELS, LATENT_CHANNELS, ComponentFiles
 from .reading import TensorReader
 
 # What sets Wan 2.2 I2V A14B's experts apart from diffusers' default configuration, which is Wan's 14B shape otherwise.
-WAN_14B = {"in_channels": INPUT_CHANNELS, "out_channels": LATENT_CHANNELS, "text_dim": 4096, "num_layers": 40}
+WAN_14B = {"in_channels": INPUT_CHANNELS, "out_channels": LATENT_CHANNELS, "text_dim": 4096}
 NOWHERE = Path("drawn")
 _SIZES = {"F32": 4, "BF16": 2}
 
@@ -68,7 +68,8 @@ def drawn_component(dtype: str = "BF16", **changes: Any) -> ComponentFiles:
         dtype: as it would be stored, "BF16" or "F32".
         changes: to ``WanTransformer3DModel``'s configuration.
     """
+    config: Any = {**WAN_14B, **changes}
     with init_empty_weights():
-        model: Any = WanTransformer3DModel(**{**WAN_14B, **changes})
+        model: Any = WanTransformer3DModel(**config)
     tensors = {name: drawn(name, parameter.shape, dtype) for name, parameter in model.named_parameters()}
     return ComponentFiles("random/transformer", dict(model.config), tensors)
