@@ -92,7 +92,7 @@ def _measured_block(device: DeviceInfo, where: torch.device, shape: VideoShape, 
     return BlockSpeed(timing.tokens, expert.width, timing.seconds, work.flops / timing.seconds / 1e12)
 
 
-def _random_inputs(expert: Expert, shape: VideoShape, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _random_inputs(expert: Expert, shape: VideoShape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     config: Any = expert.model.config
     latents = (1, config.in_channels, shape.latent_frames, shape.height // 8, shape.width // 8)
     return {

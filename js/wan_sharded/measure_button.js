@@ -5,7 +5,6 @@ import { showPlacement } from "./placement_picture.js";
 import { selectText, showText } from "./text_area.js";
 import { say } from "./words.js";
 
-const NAME = "wan_sharded_measure";
 // What the server plans with, besides the sliders and the size.
 const CHOICES = ["weight_dtype", "device_map", "execution", "offload"];
 const SIZE = ["width", "height", "length"];
@@ -44,7 +43,7 @@ export function addMeasureButton(node, samplerType) {
   let running = false;
   const widget = node.addWidget(
     "button",
-    NAME,
+    say("measure"), // what older frontends show in Nodes 2.0; the label is what all others show
     "",
     async () => {
       if (running) return;

@@ -113,7 +113,7 @@ function drawnBar(bar) {
 
 function figures(bar) {
   if (bar.left_out) return say("leftOut");
-  const measured = bar.measured_gib == null ? "" : ` · ${amount(say("measured"), bar.measured_gib)}`;
+  const measured = bar.measured_gib == null ? "" : ` · ${say("peak", { gib: bar.measured_gib.toFixed(1) })}`;
   return say("ofLimit", { used: pieces(bar).used.toFixed(1), limit: bar.limit_gib.toFixed(1) }) + measured;
 }
 
