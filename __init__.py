@@ -18,8 +18,10 @@ async def comfy_entrypoint():
     import logging
 
     try:
+        from .bridge import routes
         from .nodes.extension import WanShardedExtension
 
+        routes.register()
         return WanShardedExtension()
     except Exception:
         logging.getLogger(__name__).exception("ComfyUI-Wan-Sharded could not be loaded")

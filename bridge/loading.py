@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..engine import OWNER, ModelHandle, open_model, probe
 from ..engine.errors import PlacementError, WanShardedError
-from ..engine.pipeline.image_to_video import plan_report
+from ..engine.planning.bars import as_json
 from ..engine.planning.footprint import VideoShape
+from ..engine.reports import plan_bars, plan_report
 from . import memory, progress
 from .model_files import FROM_MODEL, NONE, choose
 
@@ -31,11 +32,12 @@ def make_handle(
     execution: str,
     offload: str,
     sliders_gib: list[float],
-) -> tuple[ModelHandle, str]:
+) -> tuple[ModelHandle, str, list[dict[str, object]]]:
     """Check the choices, download the model where need be, and plan.
 
     Returns:
-        The handle; and what was found by itself, and the placement for 832x480x81, in words.
+        The handle; what was found by itself, and the placement for 832x480x81, in words; and that placement as bars, none where it does not
+        fit.
 
     Raises:
         WanShardedError: with the remedy.
@@ -44,7 +46,7 @@ def make_handle(
     handle = open_model(
         choice.model,
         **choice.files,
-        max_memory_gib={index: value for index, value in enumerate(sliders_gib) if value != 0},
+        max_memory_gib=sliders_by_index(sliders_gib),
         weight_dtype=weight_dtype,
         device_map=device_map,
         execution=execution,
@@ -55,7 +57,13 @@ def make_handle(
     handle = replace(handle, model=replace(handle.model, notes=(*choice.notes, *handle.model.notes)))
     for note in handle.model.notes:
         logger.info("Wan Sharded Loader: %s", note)
-    return handle, "\n".join((*handle.model.notes, describe(handle)))
+    words, bars = describe(handle)
+    return handle, "\n".join((*handle.model.notes, words)), bars
+
+
+def sliders_by_index(sliders_gib: list[float]) -> dict[int, float]:
+    """Visible index -> GiB, without those at 0 (automatic)."""
+    return {index: value for index, value in enumerate(sliders_gib) if value != 0}
 
 
 def fingerprint(
@@ -80,11 +88,11 @@ def fingerprint(
         return ""  # the node itself says what is wrong
 
 
-def describe(handle: ModelHandle) -> str:
-    """The placement a handle would have now, in words; says why where it would not fit."""
+def describe(handle: ModelHandle) -> tuple[str, list[dict[str, object]]]:
+    """The placement a handle would have now, in words and as bars; says why where it would not fit."""
     with OWNER.lock:
         try:
             plan = OWNER.dry_plan(handle, probe.probe_machine(), DEFAULT_SHAPE, reserved_bytes=memory.reserved_bytes())
         except PlacementError as error:
-            return f"{DEFAULT_SHAPE} would not fit: {error}"
-        return plan_report(plan)
+            return f"{DEFAULT_SHAPE} would not fit: {error}", []
+        return plan_report(plan), as_json(plan_bars(plan, own_vae=handle.model.vae is not None))

@@ -10,7 +10,7 @@ from ..engine.errors import InvalidRequestError
 from . import memory
 from .core_vae import CoreVae
 from .progress import RunProgress
-from .status import show_on_node
+from .status import show_on_node, show_placement
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def sample_i2v(
     progress = RunProgress(node_id, steps)
     result = IMAGE_TO_VIDEO(handle, request, progress.callbacks, vae=vae, reserved_bytes=memory.reserved_bytes())
     show_on_node(handle.node_id, "\n".join((*handle.model.notes, result.placement)))
+    show_placement(handle.node_id, result.bars)
     text = "\n".join((*notes, *result.notes))
     for line in (*result.placement.splitlines(), *notes, *result.notes):
         logger.info("Wan I2V Sampler: %s", line)

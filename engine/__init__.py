@@ -14,7 +14,8 @@ environment.prepare()  # before anything here imports torch
 
 if TYPE_CHECKING:
     from .api import IMAGE_TO_VIDEO, OWNER, generate
-    from .errors import WanShardedError
+    from .calibration import Calibration, calibrate
+    from .errors import BusyError, WanShardedError
     from .handle import ModelHandle, open_model, with_loras
     from .pipeline.callbacks import Callbacks, StepReport
     from .pipeline.image_to_video import VideoResult
@@ -25,6 +26,9 @@ _HOMES = {
     "IMAGE_TO_VIDEO": ".api",
     "OWNER": ".api",
     "generate": ".api",
+    "Calibration": ".calibration",
+    "calibrate": ".calibration",
+    "BusyError": ".errors",
     "WanShardedError": ".errors",
     "ModelHandle": ".handle",
     "open_model": ".handle",
@@ -41,6 +45,8 @@ _HOMES = {
 __all__ = [
     "IMAGE_TO_VIDEO",
     "OWNER",
+    "BusyError",
+    "Calibration",
     "Callbacks",
     "ImageToVideoRequest",
     "ModelHandle",
@@ -48,6 +54,7 @@ __all__ = [
     "VideoResult",
     "WanShardedError",
     "as_picture",
+    "calibrate",
     "fit_size",
     "generate",
     "open_model",

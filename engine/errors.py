@@ -28,5 +28,9 @@ class ExportError(WanShardedError):
     """A video could not be written (format, encoder, folder, disk)."""
 
 
+class BusyError(WanShardedError):
+    """Something else is being computed that this must not disturb."""
+
+
 class Cancelled(WanShardedError):
     """The user stopped the run. Raised by callbacks in the engine's own use; ComfyUI raises its own."""

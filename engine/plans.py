@@ -4,7 +4,7 @@ Joins what the pure planning needs to what a model is; called by the owner of lo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,11 +12,12 @@ import torch
 from .checkpoints.stored import HIGH_NOISE
 from .errors import PlacementError
 from .handle import ModelHandle
+from .planning.advice import advice
 from .planning.budgets import Budget, budgets_for
 from .planning.devices import GIB, Machine
 from .planning.footprint import VideoShape, transformer_activation_bytes, worker_activation_bytes
 from .planning.forecast import WORSE_BY, Forecast, Work, forecast, speed_shares
-from .planning.placement import Placement, place_expert
+from .planning.placement import HOST, Placement, place_expert
 from .planning.remedies import check_host_memory, length_remedy
 from .weights.expert import CPU, Expert
 from .weights.precision import Precision
@@ -52,22 +53,29 @@ class Plan:
         budgets: the limits of the devices that take part.
         placements: expert part name ("transformer", "transformer_2") -> its placement.
         precision: how weights are kept.
-        fragmentation: of the allocator, as planned for.
+        machine: the devices as they were, also those that are left out.
         offload: what the user allows, "auto", "cpu" or "none".
         notes: sentences for people.
         shares: device index -> the fraction of the tokens it is expected to compute; all 1 where one device computes at a time.
         expected: of one forward, where the devices' speeds are known.
+        host_bytes: system memory that weights may take.
     """
 
     shape: VideoShape
     budgets: tuple[Budget, ...]
     placements: Mapping[str, Placement]
     precision: Precision
-    fragmentation: float
+    machine: Machine
     offload: str
     notes: tuple[str, ...]
     shares: Mapping[int, float]
     expected: Forecast | None = None
+    host_bytes: int = 0
+
+    @property
+    def fragmentation(self) -> float:
+        """Of the allocator, as planned for."""
+        return self.machine.fragmentation
 
     @property
     def parallel(self) -> bool:
@@ -156,6 +164,14 @@ class _Planner:
             for part, expert in self.loaded.experts.items()
         }
 
+    def all_on_gpus(self, way: _Way, size: VideoShape) -> bool:
+        """Whether no weights would wait in system memory."""
+        try:
+            placements = self.place(way, size, remedies=False)
+        except PlacementError:
+            return False
+        return not any(placement.weight_bytes(HOST) for placement in placements.values())
+
     def _activation_bytes(self, part: str, expert: Expert, way: _Way, size: VideoShape) -> dict[int, int]:
         widened_bytes = expert.widened_bytes(self.handle.loras.get(part, ()))
         element, fragmentation = self.loaded.precision.dtype.itemsize, self.machine.fragmentation
@@ -233,16 +249,26 @@ def make_plan(
             remedy = length_remedy(shape, lambda size: planner.place(ways[-1], size, remedies=False))
             raise PlacementError(f"{error}{remedy}") from None
     way, placements, expected, way_notes = _best(found, ways)
+    advised = advice(
+        placements[HIGH_NOISE],
+        machine,
+        handle.max_memory_gib,
+        offload=handle.offload,
+        few_bits=loaded.precision.quantized,
+        expected=expected,
+        all_on_gpus=lambda tried: planner.all_on_gpus(replace(way, budgets=tried), shape),
+    )
     return Plan(
         shape,
         way.budgets,
         placements,
         loaded.precision,
-        machine.fragmentation,
+        machine,
         handle.offload,
-        (*machine.warnings, *notes, *budget_notes, *way_notes, *placements[HIGH_NOISE].notes),
+        (*machine.warnings, *notes, *budget_notes, *way_notes, *placements[HIGH_NOISE].notes, *advised),
         planner.shares(way),
         expected,
+        host_bytes,
     )
 
 

@@ -49,11 +49,12 @@ def visible_gpus() -> tuple[VisibleGpu, ...]:
 
 def probe_machine() -> Machine:
     """The visible GPUs with their free memory now, or the CPU where there is no GPU."""
-    host = int(psutil.virtual_memory().available)
+    memory = psutil.virtual_memory()
+    host = int(memory.available)
     devices = tuple(_device(index, gpu) for index, gpu in enumerate(visible_gpus()))
     if not devices:
-        devices = (DeviceInfo(0, "CPU", "cpu", int(psutil.virtual_memory().total), host, is_gpu=False),)
-    return Machine(devices, host, hidden_gpu_warning(), fragmentation())
+        devices = (DeviceInfo(0, "CPU", "cpu", int(memory.total), host, is_gpu=False),)
+    return Machine(devices, host, hidden_gpu_warning(), fragmentation(), int(memory.total))
 
 
 def _device(index: int, gpu: VisibleGpu) -> DeviceInfo:
@@ -85,14 +86,14 @@ def _measure_speeds(device: torch.device) -> tuple[float, float]:
     with torch.inference_mode():
         a = torch.randn(tokens, width, device=device, dtype=dtype)
         b = torch.randn(width, width, device=device, dtype=dtype)
-        multiplying = _best_seconds(device, lambda: torch.mm(a, b))
+        multiplying = best_seconds(device, lambda: torch.mm(a, b))
         memory = torch.empty(64 * 1024**2, dtype=torch.uint8, pin_memory=True)
         there = torch.empty_like(memory, device=device)
-        copying = _best_seconds(device, lambda: there.copy_(memory, non_blocking=True))
+        copying = best_seconds(device, lambda: there.copy_(memory, non_blocking=True))
     return 2 * tokens * width * width / multiplying / 1e12, memory.numel() / copying
 
 
-def _best_seconds(device: torch.device, action: Callable[[], object]) -> float:
+def best_seconds(device: torch.device, action: Callable[[], object]) -> float:
     """The shortest of a few runs, by the device's own clock, after a warm-up."""
     seconds = []
     with torch.cuda.device(device):

@@ -1,14 +1,16 @@
 /**
- * The browser side of ComfyUI-Wan-Sharded: GPU sliders named after the GPUs of this server, and a read-only text on the
- * loader (where the model was placed), on the sampler (notes on the run), on the LoRA node (what it changes) and on
- * the export (what was written).
+ * The browser side of ComfyUI-Wan-Sharded: GPU sliders named after the GPUs of this server, a picture of the placement and a
+ * button that measures the GPUs on the loader, and a read-only text on the loader (where the model was placed), on the sampler (notes on
+ * the run), on the LoRA node (what it changes) and on the export (what was written).
  *
  * ComfyUI loads every .js file below this folder as an extension; only this one registers something.
  */
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
-import { fitHeight, setUpGpuSliders, widgetNames } from "./wan_sharded/gpu_sliders.js";
+import { fitHeight, setUpGpuSliders, shownSliders, widgetNames } from "./wan_sharded/gpu_sliders.js";
 import { nodeByExecutionId } from "./wan_sharded/graph.js";
+import { addMeasureButton } from "./wan_sharded/measure_button.js";
+import { addPlacementPicture, restorePlacement, showPlacement } from "./wan_sharded/placement_picture.js";
 import { addTextArea, restoreText, showText } from "./wan_sharded/text_area.js";
 
 const LOADER = "WanShardedLoader";
@@ -33,6 +35,10 @@ app.registerExtension({
       const node = nodeByExecutionId(app, detail?.node);
       if (node) showText(node, detail.text);
     });
+    api.addEventListener("wan_sharded.placement", ({ detail }) => {
+      const node = nodeByExecutionId(app, detail?.node);
+      if (node) showPlacement(node, detail.bars);
+    });
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
@@ -45,13 +51,15 @@ app.registerExtension({
       if (nodeData.name === EXPORT) this.previewMediaType = PICTURE.test(output?.images?.[0]?.filename) ? "image" : "video";
       onExecuted?.apply(this, arguments);
       if (output?.text) showText(this, output.text.join("\n"));
+      if (output?.placement) showPlacement(this, output.placement[0]);
     };
 
     const onConfigure = nodeType.prototype.onConfigure;
     nodeType.prototype.onConfigure = function () {
       onConfigure?.apply(this, arguments);
-      fitHeight(this); // the file's size may have suited a machine with fewer GPUs
       restoreText(this);
+      restorePlacement(this);
+      fitHeight(this); // the file's size may have suited a machine with fewer GPUs
     };
   },
 
@@ -61,9 +69,13 @@ app.registerExtension({
     // Nodes 2.0 of frontend 1.32 takes a result for a video only on nodes with a VIDEO input, or where this is set.
     if (kind === EXPORT) node.previewMediaType = "video";
     if (!(kind in TEXTS)) return;
-    if (kind === LOADER) setUpGpuSliders(node);
+    if (kind === LOADER) {
+      setUpGpuSliders(node);
+      addPlacementPicture(node, shownSliders(node).length + 1); // a bar for each GPU, and one for system memory or the CPU
+    }
     const { placeholder, heightPx } = TEXTS[kind];
     addTextArea(node, placeholder, heightPx);
+    if (kind === LOADER) addMeasureButton(node, SAMPLER);
     const [width, height] = node.computeSize();
     node.setSize([Math.max(width, MIN_WIDTH_PX), height]);
   },

@@ -127,7 +127,7 @@ class WanShardedLoader(io.ComfyNode):
         offload: str = "auto",
         **gpu_gb: float,
     ) -> io.NodeOutput:
-        handle, report = loading.make_handle(
+        handle, report, bars = loading.make_handle(
             node_id=cls.hidden.unique_id,
             model=model,
             high_noise_model=high_noise_model,
@@ -140,4 +140,4 @@ class WanShardedLoader(io.ComfyNode):
             offload=offload,
             sliders_gib=[float(gpu_gb.get(f"gpu{index}_gb", 0.0)) for index in range(GPU_SLIDERS)],
         )
-        return io.NodeOutput(handle, ui={"text": (report,)})
+        return io.NodeOutput(handle, ui={"text": (report,), "placement": (bars,)})

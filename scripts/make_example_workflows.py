@@ -110,11 +110,11 @@ def example(first_title: str, note: str, last_frame: bool) -> dict[str, Node]:
     """The graph as a name -> :class:`Node` table; ids are given in this order."""
     sampler_links = {"model": ("loader", "model"), "image": ("image", "IMAGE")}
     nodes = {
-        "loader": Node("WanShardedLoader", (40, 60), (420, 560), values={"model": MODEL}),
+        "loader": Node("WanShardedLoader", (40, 60), (420, 740), values={"model": MODEL}),
         "image": Node("LoadImage", (520, 150), (340, 340), first_title, {"image": "wan_sharded_example.jpg"}),
         "sampler": Node("WanShardedI2VSampler", (920, 60), (420, 880), values={"positive": PROMPT}, links=sampler_links),
         "export": Node("WanShardedVideoExport", (1400, 60), (420, 480), links={"images": ("sampler", "frames")}),
-        "note": Node("MarkdownNote", (40, 730), (420, 230), "How to use", values={"": note}),
+        "note": Node("MarkdownNote", (40, 880), (420, 230), "How to use", values={"": note}),
     }
     if last_frame:
         nodes["last"] = Node("LoadImage", (520, 560), (340, 340), "Last frame", {"image": "wan_sharded_example_last.jpg"})
@@ -130,12 +130,12 @@ def four_steps() -> dict[str, Node]:
     sampler_links = {"model": ("lora", "model"), "image": ("image", "IMAGE")}
     loaded = ("diffusion_models", "text_encoders", "vae")
     return {
-        "loader": Node("WanShardedLoader", (40, 60), (420, 560), values=files, models=loaded),
+        "loader": Node("WanShardedLoader", (40, 60), (420, 740), values=files, models=loaded),
         "image": Node("LoadImage", (520, 490), (380, 340), "Photo", {"image": "wan_sharded_example.jpg"}),
         "lora": Node("WanShardedLora", (520, 60), (380, 340), values=loras, links={"model": ("loader", "model")}, models=("loras",)),
         "sampler": Node("WanShardedI2VSampler", (960, 60), (420, 880), values=values, links=sampler_links),
         "export": Node("WanShardedVideoExport", (1440, 60), (420, 480), links={"images": ("sampler", "frames")}),
-        "note": Node("MarkdownNote", (40, 700), (420, 360), "How to use", values={"": NOTE_4_STEPS}),
+        "note": Node("MarkdownNote", (40, 880), (420, 360), "How to use", values={"": NOTE_4_STEPS}),
     }
 
 

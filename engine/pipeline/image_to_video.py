@@ -5,7 +5,7 @@ Each stage asks the loaded model for room on its device and gives it back, so th
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,9 @@ from ..errors import InvalidRequestError
 from ..handle import ModelHandle
 from ..loaded import LoadedModel
 from ..owner import ModelOwner
-from ..parallel.state import Timing
+from ..planning.bars import Bar
 from ..planning.devices import GIB, Machine, gib
-from ..planning.report import how_lines, placement_report
-from ..plans import Plan
+from ..reports import plan_bars, plan_report
 from .callbacks import Callbacks, StepReport
 from .request import ImageToVideoRequest, fill_frame
 from .schedulers import boundary_after, make_scheduler
@@ -45,6 +44,7 @@ class VideoResult:
         placement: the placement report, with measured peaks.
         peak_bytes: device index -> the most torch's allocator held.
         step_seconds: of each denoising step.
+        bars: the placement with measured peaks, for a picture.
     """
 
     frames: torch.Tensor
@@ -53,6 +53,7 @@ class VideoResult:
     placement: str
     peak_bytes: dict[int, int]
     step_seconds: tuple[float, ...]
+    bars: tuple[Bar, ...] = ()
 
 
 class ImageToVideo:
@@ -151,9 +152,9 @@ class _Run:
         frames = frames_from_video(vae.decode(latents))
         peaks = {b.device.index: probe.peak_bytes(b.device.torch_device) for b in self.plan.budgets}
         self.notes += self._timing_notes()
-        return VideoResult(
-            frames, latents, tuple(self.notes), plan_report(self.loaded.plan or self.plan, peaks, timings), peaks, tuple(self.step_seconds)
-        )
+        plan = self.loaded.plan or self.plan
+        bars = plan_bars(plan, peaks, own_vae=isinstance(vae, ModelVae))
+        return VideoResult(frames, latents, tuple(self.notes), plan_report(plan, peaks, timings), peaks, tuple(self.step_seconds), bars)
 
     def _prompt_embeds(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         request, model = self.request, self.handle.model
@@ -261,17 +262,3 @@ class _Run:
             *self.loaded.slower_than_could_be(),
             f"{len(seconds)} steps in {sum(seconds):.1f} s, the median step {seconds[len(seconds) // 2]:.2f} s.",
         ]
-
-
-def plan_report(plan: Plan, measured: dict[int, int] | None = None, timings: Mapping[int, Timing] | None = None) -> str:
-    """A plan in words, and what was measured of it once a run is over."""
-    placements = {part: (EXPERT_WORDS[part], placement) for part, placement in plan.placements.items()}
-    tokens = {index: (timing.tokens, timing.seconds * 1e3) for index, timing in (timings or {}).items()}
-    return placement_report(
-        placements,
-        precision=str(plan.precision),
-        size=str(plan.shape),
-        how=how_lines(plan.placements[HIGH_NOISE], plan.shares, plan.expected, tokens),
-        notes=plan.notes,
-        measured=measured,
-    )

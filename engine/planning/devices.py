@@ -48,12 +48,14 @@ class Machine:
         host_available_bytes: system memory that could be used without swapping.
         warnings: sentences for people, such as GPUs the server hides.
         fragmentation: what the allocator holds at a peak, over what is allocated.
+        host_total_bytes: all system memory, or 0 where that is not known.
     """
 
     devices: tuple[DeviceInfo, ...]
     host_available_bytes: int
     warnings: tuple[str, ...] = ()
     fragmentation: float = 1.1
+    host_total_bytes: int = 0
 
 
 def gib(value_bytes: float) -> str:

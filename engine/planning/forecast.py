@@ -48,10 +48,12 @@ class Forecast:
     Attributes:
         seconds: how long it takes.
         limit: what holds it up, in words.
+        slow_link: the device whose link does, if it is a link.
     """
 
     seconds: float
     limit: str
+    slow_link: DeviceInfo | None = None
 
 
 def speed_shares(devices: Mapping[int, DeviceInfo]) -> dict[int, float]:
@@ -94,7 +96,7 @@ def _parallel(placement: Placement, devices: Mapping[int, DeviceInfo], work: Wor
         link = _link_seconds(device, fetched + keys)
         if max(computing, link) > worst.seconds:
             words = "computing" if computing >= link else f"the link of {device.label}, {(device.link_bytes_per_s or 0) / 1e9:.1f} GB/s"
-            worst = Forecast(max(computing, link), words)
+            worst = Forecast(max(computing, link), words, device if link > computing else None)
     return worst
 
 
@@ -107,4 +109,4 @@ def _sequential(placement: Placement, devices: Mapping[int, DeviceInfo], work: W
         seconds += _compute_seconds(device, work.flops / len(blocks))
         fetching += _link_seconds(main, placement.sizes[part]) if home == HOST else 0.0
     limit = "computing, one GPU at a time" if seconds >= fetching else f"the link of {main.label}"
-    return Forecast(seconds + fetching, limit)
+    return Forecast(seconds + fetching, limit, main if fetching > seconds else None)

@@ -37,6 +37,7 @@ class Placement:
         budgets: the limits this was made for.
         notes: sentences for people.
         parallel: all devices compute every block, rather than each the blocks that live there.
+        fetch_bytes: device index -> how much of ``reserve_bytes`` is room for fetched weights.
     """
 
     homes: Mapping[str, Home]
@@ -46,6 +47,7 @@ class Placement:
     budgets: tuple[Budget, ...]
     notes: tuple[str, ...] = field(default=())
     parallel: bool = False
+    fetch_bytes: Mapping[int, int] = field(default_factory=dict)
 
     def weight_bytes(self, home: Home) -> int:
         return sum(self.sizes[name] for name, where in self.homes.items() if where == home)
@@ -167,7 +169,7 @@ def _place_parallel(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
         homes, notes = _homes(blocks, _room_for_blocks(room, fetch_bytes, main, others))
     reserve = {index: size + fetch_bytes for index, size in wish.activation_bytes.items()}
     every = {part: homes.get(part, main) for part in wish.sizes}
-    return Placement(every, wish.sizes, reserve, main, budgets, notes, parallel=True)
+    return Placement(every, wish.sizes, reserve, main, budgets, notes, parallel=True, fetch_bytes=dict.fromkeys(reserve, fetch_bytes))
 
 
 def _room_for_blocks(room: Mapping[int, int], fetch_bytes: int, main: int, others_bytes: int) -> dict[int, int]:
@@ -187,10 +189,11 @@ def _place_sequential(wish: _Wish, budgets: tuple[Budget, ...]) -> Placement:
         # Whatever computes what is on the host also needs room to fetch it. Reserving that may move more to the host, or
         # make another device the main one, which then has to reserve it too.
         fetch_bytes[main] = needed
-    reserve = {index: wish.activation_bytes[index] + (fetch_bytes[index] if index == main else 0) for index in usable}
+    fetched = {index: size if index == main else 0 for index, size in fetch_bytes.items()}
+    reserve = {index: wish.activation_bytes[index] + fetched[index] for index in usable}
     # Parts without weights (rotary tables, the last norm) are needed where the inputs are.
     homes = {part: home if wish.sizes[part] else main for part, home in homes.items()}
-    return Placement(homes, wish.sizes, reserve, main, budgets, notes)
+    return Placement(homes, wish.sizes, reserve, main, budgets, notes, fetch_bytes=fetched)
 
 
 def _homes(wish: _Wish, room: Mapping[int, int]) -> tuple[dict[str, Home], tuple[str, ...]]:

@@ -15,7 +15,13 @@ Fits = Callable[[tuple[Budget, ...]], bool]
 
 
 def slider_remedy(budgets: tuple[Budget, ...], fits: Fits) -> str:
-    """One sentence: the slider that would do alone and its smallest value, or all of them, or that none would.
+    """One sentence: the sliders that would do, or that none would. Arguments as for :func:`enough_sliders`."""
+    found = enough_sliders(budgets, fits)
+    return f"It fits with {found}." if found else "No position of the sliders is enough for it, with what is free on these GPUs now."
+
+
+def enough_sliders(budgets: tuple[Budget, ...], fits: Fits) -> str | None:
+    """The slider that would do alone and its smallest value, or all of them, in words; ``None`` if no position would.
 
     Args:
         budgets: which do not fit.
@@ -24,12 +30,12 @@ def slider_remedy(budgets: tuple[Budget, ...], fits: Fits) -> str:
     for budget in sorted(budgets, key=lambda budget: budget.limit_bytes - budget.ceiling_bytes):
         value = smallest_slider_gib(budgets, budget.device.index, fits)
         if value is not None:
-            return f"It fits with the slider of {budget.device.label} at {value:g} or more."
+            return f"the slider of {budget.device.label} at {value:g} or more"
     highest = tuple(_with_slider(budget, _highest_gib(budget)) for budget in budgets)
     if fits(highest):
         values = ", ".join(f"{budget.device.label}: {_highest_gib(budget):g}" for budget in budgets)
-        return f"It fits with the sliders at {values}."
-    return "No position of the sliders is enough for it, with what is free on these GPUs now."
+        return f"the sliders at {values}"
+    return None
 
 
 def smallest_slider_gib(budgets: tuple[Budget, ...], index: int, fits: Fits) -> float | None:

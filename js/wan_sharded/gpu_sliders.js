@@ -38,6 +38,11 @@ export function setUpGpuSliders(node) {
   }
 }
 
+/** The sliders of the GPUs that this server has. */
+export function shownSliders(node) {
+  return (node.widgets ?? []).filter((widget) => /^gpu\d+_gb$/.test(widget.name) && !widget.hidden);
+}
+
 /** Make the node high enough for its visible widgets; never smaller, so that a user's own size stays. */
 export function fitHeight(node) {
   const [, needed] = node.computeSize();

@@ -14,3 +14,12 @@ export function nodeByExecutionId(app, executionId) {
   }
   return node ?? undefined;
 }
+
+/** The first node of a type that gets something from this one, directly or through others of the same graph; undefined where none does. */
+export function firstBehind(node, type, seen = new Set()) {
+  seen.add(node.id);
+  const links = (node.outputs ?? []).flatMap((output) => output.links ?? []);
+  const targets = links.map((id) => node.graph.getNodeById(node.graph.getLink(id)?.target_id)).filter((target) => target && !seen.has(target.id));
+  const found = targets.find((target) => target.comfyClass === type);
+  return found ?? targets.map((target) => firstBehind(target, type, seen)).find(Boolean);
+}

@@ -1,17 +1,11 @@
 /**
  * A read-only text area below a node's widgets. It is added last and not serialised, so it leaves `widgets_values` alone.
  */
+import { recalled, remember } from "./last_shown.js";
 
 const NAME = "wan_sharded_text";
 const MARGIN_PX = 20; // what the classic canvas leaves around a DOM widget, above and below together
 const STYLE = "width: 100%; box-sizing: border-box; font-size: 11px; line-height: 1.4; resize: none;";
-
-/** The last text of each node of this browser session, because undo and a change of tab make all nodes anew. */
-const lastTexts = new Map();
-
-function key(node) {
-  return node.graph && [node.graph.rootGraph?.id, node.graph.id, node.id].join("/");
-}
 
 function element(node) {
   return node.widgets?.find((widget) => widget.name === NAME)?.element;
@@ -40,11 +34,18 @@ export function showText(node, text) {
   const area = element(node);
   if (!area) return;
   area.value = text ?? "";
-  lastTexts.set(key(node), area.value);
+  remember(node, "text", area.value);
 }
 
 /** Show what the node showed before the graph was loaded again. */
 export function restoreText(node) {
   const area = element(node);
-  if (area && node.graph) area.value = lastTexts.get(key(node)) ?? "";
+  if (area && node.graph) area.value = recalled(node, "text") ?? "";
+}
+
+/** Select all of the text, so that the keyboard copies it. */
+export function selectText(node) {
+  const area = element(node);
+  area?.focus({ preventScroll: true });
+  area?.select();
 }

@@ -61,7 +61,7 @@ def models(written: Path, tiny_single_files: Path, tmp_path: Path, monkeypatch: 
 
 
 def load(**widgets: Any) -> tuple[ModelHandle, str]:
-    return loading.make_handle(**{**WIDGETS, **widgets})
+    return loading.make_handle(**{**WIDGETS, **widgets})[:2]
 
 
 def fingerprint(**widgets: Any) -> str:

@@ -20,9 +20,10 @@ from stored_like import described
 from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, LOW_NOISE, ModelFiles
 from wan_sharded.engine.handle import ModelHandle
 from wan_sharded.engine.owner import ModelOwner
-from wan_sharded.engine.pipeline.image_to_video import plan_report
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Machine
 from wan_sharded.engine.planning.footprint import FRAGMENTATION_ASYNC, VideoShape
+from wan_sharded.engine.plans import Plan
+from wan_sharded.engine.reports import plan_report
 
 # Memory as the driver reports it, with a desktop on the first card; 64 GB of system memory with the usual programs open.
 GPUS = (
@@ -30,6 +31,7 @@ GPUS = (
     DeviceInfo(1, "RTX 3060", "lazy:1", int(12.0 * GIB), int(11.5 * GIB)),
 )
 HOST_AVAILABLE_BYTES = 56 * GIB
+HOST_TOTAL_BYTES = 64 * GIB
 SLIDERS_GIB = {0: 15, 1: 11}
 
 
@@ -44,10 +46,15 @@ def published_checkpoint() -> ModelFiles:
 
 
 def example_report(weight_dtype: str = "default") -> str:
-    """The placement for 832x480, 81 frames in words, inside a ComfyUI with its usual allocator."""
-    machine = Machine(GPUS, HOST_AVAILABLE_BYTES, fragmentation=FRAGMENTATION_ASYNC)
+    """The placement for 832x480, 81 frames in words."""
+    return plan_report(example_plan(weight_dtype))
+
+
+def example_plan(weight_dtype: str = "default") -> Plan:
+    """The plan inside a ComfyUI with its usual allocator."""
+    machine = Machine(GPUS, HOST_AVAILABLE_BYTES, fragmentation=FRAGMENTATION_ASYNC, host_total_bytes=HOST_TOTAL_BYTES)
     handle = ModelHandle(published_checkpoint(), weight_dtype, max_memory_gib=SLIDERS_GIB)
-    return plan_report(ModelOwner().dry_plan(handle, machine, VideoShape(832, 480, 81)))
+    return ModelOwner().dry_plan(handle, machine, VideoShape(832, 480, 81))
 
 
 if __name__ == "__main__":

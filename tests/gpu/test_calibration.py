@@ -1,0 +1,39 @@
+"""Measuring without a model on real GPUs: figures of the right size, within the memory it says, all of it given back."""
+
+import gc
+
+import pytest
+import torch
+from wan_sharded.engine import OWNER, calibrate, probe
+from wan_sharded.engine.parallel.measure import GPU_SHAPE, NEEDED_BYTES, measure_block
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("index", range(max(1, torch.cuda.device_count())))
+def test_a_block_within_its_memory(index: int) -> None:
+    device = probe.probe_machine().devices[index]
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device.torch_device)
+    torch.cuda.reset_peak_memory_stats(device.torch_device)
+    speed = measure_block(device)
+    assert (speed.tokens, speed.width) == (GPU_SHAPE.tokens, 5120)
+    assert torch.cuda.max_memory_reserved(device.torch_device) <= NEEDED_BYTES
+    gc.collect()
+    assert torch.cuda.memory_allocated(device.torch_device) <= before
+    # A block is no faster than its matrix products, and no more than ten times slower.
+    assert device.speed_tflops is not None and 0.1 * device.speed_tflops < speed.tflops < 1.2 * device.speed_tflops
+    again = measure_block(device)
+    assert again.seconds == pytest.approx(speed.seconds, rel=0.5)
+
+
+def test_everything() -> None:
+    count = len(probe.visible_gpus())
+    found = calibrate(OWNER)
+    assert len(found.devices) == count and all(speed.block for speed in found.devices), found.text
+    assert len(found.links) == 2 * count + count * (count - 1)
+    assert all(link.bytes_per_s and 1e8 < link.bytes_per_s < 1e13 for link in found.links), found.text
+    assert "planned for 832x480x81" in found.plan
+    assert len(found.bars) == count + 1
+    print(found.text)
