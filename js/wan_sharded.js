@@ -1,6 +1,7 @@
 /**
  * The browser side of ComfyUI-Wan-Sharded: GPU sliders named after the GPUs of this server, and a read-only text on the
- * loader (where the model was placed), on the sampler (notes on the run) and on the LoRA node (what it changes).
+ * loader (where the model was placed), on the sampler (notes on the run) and on the LoRA node (what it changes), and the
+ * moving live picture on the sampler.
  *
  * ComfyUI loads every .js file below this folder as an extension; only this one registers something.
  */
@@ -8,6 +9,7 @@ import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 import { fitHeight, setUpGpuSliders, widgetNames } from "./wan_sharded/gpu_sliders.js";
 import { nodeByExecutionId } from "./wan_sharded/graph.js";
+import { drawNoStill, showPicture } from "./wan_sharded/live_picture.js";
 import { addTextArea, restoreText, showText } from "./wan_sharded/text_area.js";
 
 const LOADER = "WanShardedLoader";
@@ -30,12 +32,17 @@ app.registerExtension({
       const node = nodeByExecutionId(app, detail?.node);
       if (node) showText(node, detail.text);
     });
+    api.addEventListener("b_preview_with_metadata", ({ detail }) => {
+      const node = nodeByExecutionId(app, detail?.displayNodeId ?? detail?.nodeId);
+      if (node?.comfyClass === SAMPLER) showPicture(node, detail.blob);
+    });
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (![LOADER, SAMPLER, EXPORT, LORA].includes(nodeData.name)) return;
     nodeData.fallbackWidgetsValuesNames = widgetNames(nodeData);
     if (!(nodeData.name in TEXTS)) return;
+    if (nodeData.name === SAMPLER) drawNoStill(nodeType);
 
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
