@@ -6,6 +6,7 @@ import torch
 
 from ..engine import Callbacks, StepReport
 from ..engine.planning.devices import gib
+from .pace import Pace
 from .preview import LivePreview
 from .status import show_on_node
 
@@ -35,6 +36,7 @@ class RunProgress:
         self._node_id = node_id
         self._bar = comfy.utils.ProgressBar(steps)
         self._preview: LivePreview | None = None
+        self._pace = Pace()
 
     @property
     def callbacks(self) -> Callbacks:
@@ -49,9 +51,7 @@ class RunProgress:
         show_on_node(self._node_id, f"Loading the {what}: {done} of {total} parts")
 
     def _on_step(self, report: StepReport) -> None:
-        left = report.seconds * (report.steps - report.step)
-        words = f"Step {report.step} of {report.steps} ({report.expert}), {report.seconds:.1f} s a step, about {left:.0f} s left"
-        show_on_node(self._node_id, words)
+        show_on_node(self._node_id, self._pace.words(report))
         device: torch.device = report.denoised.device
         self._preview = self._preview or LivePreview(device)
         self._bar.update_absolute(report.step, report.steps, self._preview.picture(report))

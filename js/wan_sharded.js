@@ -1,7 +1,7 @@
 /**
  * The browser side of ComfyUI-Wan-Sharded: GPU sliders named after the GPUs of this server, a picture of the placement and a
- * button that measures the GPUs on the loader, and a read-only text on the loader (where the model was placed), on the sampler (notes on
- * the run), on the LoRA node (what it changes) and on the export (what was written).
+ * button that measures the GPUs on the loader, a read-only text on the loader (where the model was placed), on the sampler (notes on
+ * the run), on the LoRA node (what it changes) and on the export (what was written), and the moving live picture on the sampler.
  *
  * ComfyUI loads every .js file below this folder as an extension; only this one registers something.
  */
@@ -9,6 +9,7 @@ import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 import { fitHeight, setUpGpuSliders, shownSliders, widgetNames } from "./wan_sharded/gpu_sliders.js";
 import { nodeByExecutionId } from "./wan_sharded/graph.js";
+import { drawNoStill, showPicture } from "./wan_sharded/live_picture.js";
 import { addMeasureButton } from "./wan_sharded/measure_button.js";
 import { addPlacementPicture, restorePlacement, showPlacement } from "./wan_sharded/placement_picture.js";
 import { addTextArea, restoreText, showText } from "./wan_sharded/text_area.js";
@@ -39,12 +40,17 @@ app.registerExtension({
       const node = nodeByExecutionId(app, detail?.node);
       if (node) showPlacement(node, detail.bars);
     });
+    api.addEventListener("b_preview_with_metadata", ({ detail }) => {
+      const node = nodeByExecutionId(app, detail?.displayNodeId ?? detail?.nodeId);
+      if (node?.comfyClass === SAMPLER) showPicture(node, detail.blob);
+    });
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (![LOADER, SAMPLER, EXPORT, LORA].includes(nodeData.name)) return;
     nodeData.fallbackWidgetsValuesNames = widgetNames(nodeData);
     if (!(nodeData.name in TEXTS)) return;
+    if (nodeData.name === SAMPLER) drawNoStill(nodeType);
 
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {

@@ -38,6 +38,7 @@ MODEL_FILES = {
     "loras": {HIGH_LORA: _WAN22, LOW_LORA: _WAN22},
 }
 PROMPT = "The camera slowly moves closer. Gentle, natural motion, soft cinematic light."
+PROMPT_2 = "The camera moves on, past where it was. Gentle, natural motion, soft cinematic light."
 THUMBNAIL_WIDTH = 768
 THUMBNAIL_MAX_BYTES = 100_000
 SETTINGS = {"Comfy.Minimap.Visible": False}
@@ -77,6 +78,33 @@ With the files of ComfyUI's own Wan 2.2 I2V template. ComfyUI offers to download
 The LoRAs are made for 4 steps at **cfg** 1 with *euler*, the experts changing after 2. Without the LoRA node: 20 steps, **cfg** 3.5, **switch_step** 10.
 
 Other files, also GGUF? Choose them in the loader.
+
+Out of memory on a GPU? Lower its slider. 0 is automatic, -1 leaves the GPU out."""
+
+
+NOTE_CORE = """## With ComfyUI's own text encoder and VAE nodes
+
+The texts come from two **CLIP Text Encode** nodes and the VAE from **Load VAE**. So other packs' text nodes, and encoders that this pack can't read (GGUF), can take part. What is connected replaces the texts and the VAE of the loader.
+
+1. Choose a photo in **Photo**.
+2. Describe in **Positive** what should happen.
+3. Press **Run**.
+
+ComfyUI offers to download files that are missing. It manages the memory of these nodes; the loader's sliders do not count it.
+
+Out of memory on a GPU? Lower its slider. 0 is automatic, -1 leaves the GPU out."""
+
+NOTE_LONG = """## A longer video, clip after clip
+
+The last frame of **First clip** is the first frame of **Second clip**. The frame that both have is dropped, and **Batch Images** joins them: 161 frames, 10 seconds.
+
+1. Choose a photo in **Photo**.
+2. Describe in **positive** of each clip what should happen in it. Both must have the same **width** and **height**.
+3. Press **Run**.
+
+**Last frame** takes frame 4095, which means the last one, however long the clip is. For a third clip, copy **Last frame**, **Second clip**, **Without its first frame** and **Joined**, and go on from there.
+
+Each clip knows only one frame of the one before, so motion may change its speed at the seam, and colours drift with every clip.
 
 Out of memory on a GPU? Lower its slider. 0 is automatic, -1 leaves the GPU out."""
 
@@ -139,11 +167,61 @@ def four_steps() -> dict[str, Node]:
     }
 
 
-EXAMPLES = {
-    "wan_i2v": example("Photo", NOTE_I2V, last_frame=False),
-    "wan_first_last_frame": example("First frame", NOTE_FIRST_LAST, last_frame=True),
-    "wan_i2v_lightx2v_4steps": four_steps(),
-}
+def core_text_and_vae(negative: str) -> dict[str, Node]:
+    """ComfyUI's nodes for the texts and the VAE; ``negative`` as the sampler has it by default."""
+    files = {"model": "single files", "high_noise_model": HIGH, "low_noise_model": LOW}
+    links = {
+        "model": ("loader", "model"),
+        "image": ("image", "IMAGE"),
+        "positive_conditioning": ("positive", "CONDITIONING"),
+        "negative_conditioning": ("negative", "CONDITIONING"),
+        "vae": ("vae", "VAE"),
+    }
+    clip = {"clip": ("clip", "CLIP")}
+    return {
+        "loader": Node("WanShardedLoader", (40, 60), (420, 560), values=files, models=("diffusion_models",)),
+        "clip": Node("CLIPLoader", (520, 60), (380, 110), values={"clip_name": UMT5, "type": "wan"}, models=("text_encoders",)),
+        "positive": Node("CLIPTextEncode", (520, 220), (380, 130), "Positive", {"text": PROMPT}, clip),
+        "negative": Node("CLIPTextEncode", (520, 400), (380, 150), "Negative", {"text": negative}, clip),
+        "vae": Node("VAELoader", (520, 600), (380, 60), values={"vae_name": VAE}, models=("vae",)),
+        "image": Node("LoadImage", (520, 710), (380, 340), "Photo", {"image": "wan_sharded_example.jpg"}),
+        "sampler": Node("WanShardedI2VSampler", (960, 60), (420, 880), links=links),
+        "export": Node("WanShardedVideoExport", (1440, 60), (420, 480), links={"images": ("sampler", "frames")}),
+        "note": Node("MarkdownNote", (40, 700), (420, 350), "How to use", values={"": NOTE_CORE}),
+    }
+
+
+def long_video() -> dict[str, Node]:
+    """Two clips, the second from the last frame of the first."""
+    first = {"model": ("loader", "model"), "image": ("image", "IMAGE")}
+    second = {"model": ("loader", "model"), "image": ("last", "IMAGE")}
+    last_frame, all_but_the_first = {"batch_index": 4095, "length": 1}, {"batch_index": 1, "length": 4096}
+    joined = {"image1": ("first", "frames"), "image2": ("rest", "IMAGE")}
+    return {
+        "loader": Node("WanShardedLoader", (40, 60), (420, 560), values={"model": MODEL}),
+        "image": Node("LoadImage", (40, 690), (420, 340), "Photo", {"image": "wan_sharded_example.jpg"}),
+        "first": Node("WanShardedI2VSampler", (520, 60), (420, 880), "First clip", {"positive": PROMPT}, first),
+        "last": Node("ImageFromBatch", (1000, 60), (300, 110), "Last frame", last_frame, {"image": ("first", "frames")}),
+        "second": Node("WanShardedI2VSampler", (1360, 60), (420, 880), "Second clip", {"positive": PROMPT_2}, second),
+        "rest": Node(
+            "ImageFromBatch", (1840, 60), (420, 110), "Without its first frame", all_but_the_first, {"image": ("second", "frames")}
+        ),
+        "joined": Node("ImageBatch", (1840, 230), (420, 60), "Joined", links=joined),
+        "export": Node("WanShardedVideoExport", (1840, 350), (420, 480), links={"images": ("joined", "IMAGE")}),
+        "note": Node("MarkdownNote", (1000, 230), (300, 710), "How to use", values={"": NOTE_LONG}),
+    }
+
+
+def examples(negative: str) -> dict[str, dict[str, Node]]:
+    """All of them by name. New ones come last: the number of an example is part of its id."""
+    return {
+        "wan_i2v": example("Photo", NOTE_I2V, last_frame=False),
+        "wan_first_last_frame": example("First frame", NOTE_FIRST_LAST, last_frame=True),
+        "wan_i2v_lightx2v_4steps": four_steps(),
+        "wan_i2v_core_text_vae": core_text_and_vae(negative),
+        "wan_i2v_long": long_video(),
+    }
+
 
 BUILD = """async ([workflowId, nodes]) => {
     const blank = { id: workflowId, revision: 0, last_node_id: 0, last_link_id: 0, nodes: [], links: [], groups: [], config: {}, extra: {}, version: 0.4 };
@@ -170,7 +248,8 @@ BUILD = """async ([workflowId, nodes]) => {
         made[name].pos = spec.pos;
         made[name].setSize(spec.size);
     }
-    app.canvas.ds.scale = 0.8;
+    const right = Math.max(...Object.values(nodes).map((spec) => spec.pos[0] + spec.size[0]));
+    app.canvas.ds.scale = Math.min(0.8, 1600 / right);
     app.canvas.ds.offset = [60, 170];
     app.canvas.setDirty(true, true);
     await new Promise((done) => setTimeout(done, 1500));
@@ -210,10 +289,10 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_examples(page: Page) -> None:
+def write_examples(page: Page, negative: str) -> None:
     """Build every example in an open page and write its three files."""
     (FOLDER / "api").mkdir(parents=True, exist_ok=True)
-    for number, (name, nodes) in enumerate(EXAMPLES.items(), start=1):
+    for number, (name, nodes) in enumerate(examples(negative).items(), start=1):
         workflow_id = f"00000000-0000-4000-8000-{number:012d}"
         saved = json.loads(page.evaluate(BUILD, [workflow_id, {key: node.described() for key, node in nodes.items()}]))
         (FOLDER / f"{name}.json").write_text(as_json(saved["workflow"]), encoding="utf-8")
@@ -237,7 +316,8 @@ def main() -> None:
         with ComfyServer(Path(base), environment={"CUDA_VISIBLE_DEVICES": ""}) as server, open_browser(arguments.browser) as browser:
             tab = ComfyPage(browser, server.url, settings=SETTINGS)
             tab.open()
-            write_examples(tab.page)
+            sampler = server.object_info("WanShardedI2VSampler")["WanShardedI2VSampler"]
+            write_examples(tab.page, sampler["input"]["required"]["negative"][1]["default"])
 
 
 if __name__ == "__main__":

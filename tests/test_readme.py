@@ -6,9 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from functools import cache
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import av
@@ -118,41 +116,6 @@ def four_step_files() -> set[str]:
 def test_the_files_of_the_example_are_named() -> None:
     assert len(four_step_files()) == 6
     assert [name for name in four_step_files() if f"`{name}`" not in README] == []
-
-
-class PromptQueue(BaseHTTPRequestHandler):
-    """Answers as ComfyUI does, and keeps what was posted."""
-
-    posted: list[dict] = []
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.posted.append({"path": self.path, **body})
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b'{"prompt_id": "1", "number": 0, "node_errors": {}}')
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def test_the_queue_script_posts_the_example(tmp_path: Path) -> None:
-    link(tmp_path / "example_workflows", ROOT / "example_workflows")
-    server = HTTPServer(("127.0.0.1", 0), PromptQueue)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        run_script(with_changes(code_block("py"), {"127.0.0.1:8188": f"127.0.0.1:{server.server_port}"}), tmp_path)
-    finally:
-        server.shutdown()
-        server.server_close()
-    ((path, sent),) = [(body["path"], body["prompt"]) for body in PromptQueue.posted]
-    assert path == "/prompt"
-    original = json.loads((ROOT / "example_workflows" / "api" / "wan_i2v.json").read_text(encoding="utf-8"))
-    assert {key: set(node["inputs"]) for key, node in sent.items()} == {key: set(node["inputs"]) for key, node in original.items()}
-    changed = {
-        (key, name) for key, node in original.items() for name, value in node["inputs"].items() if sent[key]["inputs"][name] != value
-    }
-    assert changed == {("2", "image"), ("3", "positive"), ("3", "seed")}
 
 
 @cache

@@ -14,7 +14,11 @@ class StepReport:
         step: 1-based.
         steps: in all.
         expert: who worked, "high noise expert" or "low noise expert".
-        seconds: how long the step took, expert switch included.
+        seconds: how long the step took, loading and the expert switch included.
+        loading_seconds: what of that went into bringing the expert's weights to their homes.
+        forwards: how many forwards the step was: 2 with guidance, else 1.
+        forwards_left: how many the steps after this one are.
+        expert_to_come: who has not worked yet and will, or "".
         denoised: the expected clean latents, [B, C, F, H, W], normalised, on the main device.
     """
 
@@ -22,6 +26,10 @@ class StepReport:
     steps: int
     expert: str
     seconds: float
+    loading_seconds: float
+    forwards: int
+    forwards_left: int
+    expert_to_come: str
     denoised: torch.Tensor
 
 

@@ -138,6 +138,7 @@ class _Run:
         self.callbacks, self.embeddings = callbacks, embeddings
         self.notes: list[str] = []
         self.step_seconds: list[float] = []
+        self.loading_seconds: list[float] = []
 
     def make(self, vae: VideoVae | None) -> VideoResult:
         for budget in self.plan.budgets:
@@ -190,13 +191,14 @@ class _Run:
         boundary = request.boundary_ratio
         if request.switch_step:
             boundary = boundary_after(scheduler, request.num_inference_steps, request.switch_step)
+        transformers = [ShardedTransformer(self.loaded, part, self.callbacks, self.notes.append) for part in (HIGH_NOISE, LOW_NOISE)]
         pipeline = ShardedWanPipeline(
             tokenizer=None,  # type: ignore[arg-type]
             text_encoder=None,  # type: ignore[arg-type]
             vae=PipelineVae(vae),  # type: ignore[arg-type]
             scheduler=scheduler,
-            transformer=self._transformer(HIGH_NOISE),  # type: ignore[arg-type]
-            transformer_2=self._transformer(LOW_NOISE),  # type: ignore[arg-type]
+            transformer=transformers[0],  # type: ignore[arg-type]
+            transformer_2=transformers[1],  # type: ignore[arg-type]
             boundary_ratio=boundary,
         )
         pipeline.set_progress_bar_config(disable=True)
@@ -218,12 +220,9 @@ class _Run:
             generator=torch.Generator("cpu").manual_seed(request.seed),
             output_type="latent",
             return_dict=False,
-            callback_on_step_end=self._step_callback(),
+            callback_on_step_end=self._step_callback(transformers),
             callback_on_step_end_tensor_inputs=["latents", "noise_pred"],
         )[0]
-
-    def _transformer(self, part: str) -> ShardedTransformer:
-        return ShardedTransformer(self.loaded, part, self.callbacks, self.notes.append)
 
     def _frame(self, picture: torch.Tensor, name: str) -> torch.Tensor:
         request = self.request
@@ -233,7 +232,7 @@ class _Run:
             self.notes.append(f"{name} is {w}x{h}; its edges were cut to the shape of {request.width}x{request.height}.")
         return frame
 
-    def _step_callback(self) -> Any:
+    def _step_callback(self, transformers: list[ShardedTransformer]) -> Any:
         began = time.perf_counter()
 
         def on_step_end(
@@ -246,19 +245,33 @@ class _Run:
                 torch.cuda.synchronize(denoised.device)
             now = time.perf_counter()
             self.step_seconds.append(now - began)
+            self.loading_seconds.append(sum(transformer.loading_s for transformer in transformers) - sum(self.loading_seconds))
             began = now
-            expert = EXPERT_WORDS[HIGH_NOISE if pipeline.is_high_noise(timestep) else LOW_NOISE]
-            self.callbacks.on_step(StepReport(step + 1, self.request.num_inference_steps, expert, self.step_seconds[-1], denoised))
+            to_come: list[torch.Tensor] = list(pipeline.scheduler.timesteps[step + 1 :])
+            switches = pipeline.is_high_noise(timestep) and any(not pipeline.is_high_noise(later) for later in to_come)
+            report = StepReport(
+                step=step + 1,
+                steps=self.request.num_inference_steps,
+                expert=EXPERT_WORDS[HIGH_NOISE if pipeline.is_high_noise(timestep) else LOW_NOISE],
+                seconds=self.step_seconds[-1],
+                loading_seconds=self.loading_seconds[-1],
+                forwards=pipeline.forwards_at(timestep),
+                forwards_left=sum(pipeline.forwards_at(later) for later in to_come),
+                expert_to_come=EXPERT_WORDS[LOW_NOISE] if switches else "",
+                denoised=denoised,
+            )
+            self.callbacks.on_step(report)
             return {}
 
         return on_step_end
 
     def _timing_notes(self) -> list[str]:
-        seconds = sorted(self.step_seconds)
-        if not seconds:
+        if not self.step_seconds:
             return []
+        computing = [seconds - loading for seconds, loading in zip(self.step_seconds, self.loading_seconds, strict=True)]
+        loading = f", {sum(self.loading_seconds):.1f} s of them loading" if sum(self.loading_seconds) >= 0.1 else ""
         return [
             *self.loaded.few_bits_notes(),
             *self.loaded.slower_than_could_be(),
-            f"{len(seconds)} steps in {sum(seconds):.1f} s, the median step {seconds[len(seconds) // 2]:.2f} s.",
+            f"{len(computing)} steps in {sum(self.step_seconds):.1f} s{loading}; the median step {sorted(computing)[len(computing) // 2]:.2f} s.",
         ]

@@ -1,5 +1,6 @@
 """diffusers' own Wan pipeline, told where its parts are. The denoising loop is diffusers', line for line."""
 
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -16,12 +17,16 @@ class ShardedTransformer:
 
     Its weights come to their homes at the first call, the other expert's making room; so the switch between experts
     happens inside diffusers' loop.
+
+    Attributes:
+        loading_s: seconds that this has taken so far.
     """
 
     def __init__(self, loaded: LoadedModel, part: str, callbacks: Callbacks, note: Callable[[str], None]):
         self._loaded, self._part, self._callbacks, self._note = loaded, part, callbacks, note
         self.config = loaded.experts[part].model.config
         self.dtype = loaded.precision.dtype
+        self.loading_s = 0.0
 
     @contextmanager
     def cache_context(self, name: str, **where: Any) -> Generator[None, None, None]:
@@ -38,7 +43,9 @@ class ShardedTransformer:
         while True:
             failed_on = None
             try:
+                began = time.perf_counter()
                 forward = self._loaded.activate(self._part, calls.check_cancelled, calls.on_load, calls.on_stage)
+                self.loading_s += time.perf_counter() - began
                 output = forward(*args, **kwargs)
                 self._loaded.forwards_left -= 1
                 return output
@@ -68,10 +75,14 @@ class ShardedWanPipeline(WanImageToVideoPipeline):
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Per expert: diffusers asks only the high noise expert's scale, so cfg 1 there would switch both off."""
-        high, low = self.run_guidance
         if self._current_timestep is None:
-            return max(high, low) > 1
-        return (high if self.is_high_noise(self._current_timestep) else low) > 1
+            return max(self.run_guidance) > 1
+        return self.forwards_at(self._current_timestep) == 2
+
+    def forwards_at(self, timestep: torch.Tensor) -> int:
+        """How many forwards a step is: 2 where its expert is guided, else 1."""
+        high, low = self.run_guidance
+        return 2 if (high if self.is_high_noise(timestep) else low) > 1 else 1
 
     def is_high_noise(self, timestep: torch.Tensor) -> bool:
         """Whether the high noise expert works at a timestep."""

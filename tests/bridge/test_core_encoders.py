@@ -21,10 +21,10 @@ import comfy.model_management as management  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.text_encoders.wan  # noqa: E402
 import comfy.utils  # noqa: E402
-from comfy.text_encoders.sd3_clip import t5_xxl_detect  # noqa: E402
 from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer  # noqa: E402
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean  # noqa: E402
 from tiny_checkpoint import make_text_encoder, make_tokenizer, make_vae  # noqa: E402
+from tiny_core_clip import SMALL, cores_clip  # noqa: E402
 from tiny_encoder_files import FORMS, write_umt5_file, write_vae_file  # noqa: E402
 from wan_sharded.bridge.core_vae import CoreVae  # noqa: E402
 from wan_sharded.engine import Callbacks, open_model  # noqa: E402
@@ -34,7 +34,6 @@ from wan_sharded.engine.pipeline.text_encoder_file import SentencePieceTokenizer
 from wan_sharded.engine.pipeline.vae import ModelVae  # noqa: E402
 from wan_sharded.engine.planning.footprint import VideoShape  # noqa: E402
 
-SMALL = {"d_model": 32, "num_layers": 2, "d_ff": 64, "d_kv": 8, "num_heads": 4}
 PUBLISHED = {"d_model": 4096, "num_layers": 24, "d_ff": 24, "d_kv": 8, "num_heads": 2}
 # ComfyUI reads parentheses as weights, and encodes more than 512 tokens without cutting, so there are neither.
 PROMPTS = [
@@ -83,20 +82,6 @@ def text_encoder(spiece: bytes, tmp_path_factory: pytest.TempPathFactory) -> Cal
 def cores_embeddings(clip: Any, prompts: list[str] = PROMPTS) -> list[torch.Tensor]:
     """Core's CLIP Text Encode, given what Wan's own code and diffusers make of a prompt before it becomes tokens."""
     return [clip.encode_from_tokens(clip.tokenize(prompt_clean(prompt))) for prompt in prompts]
-
-
-def cores_clip(file: Path, **options: Any) -> Any:
-    """What core's Load CLIP makes of a file, less its look at the number of blocks and the width."""
-    tensors = comfy.utils.load_torch_file(str(file))
-    target = SimpleNamespace(params={}, tokenizer=comfy.text_encoders.wan.WanT5Tokenizer)
-    target.clip = comfy.text_encoders.wan.te(**t5_xxl_detect(tensors))  # codespell:ignore te
-    sizes = {**SMALL, "vocab_size": tensors["shared.weight"].shape[0]}
-    clip = comfy.sd.CLIP(
-        target, tokenizer_data={"spiece_model": tensors["spiece_model"]}, model_options={"umt5xxl_model_config": sizes, **options}
-    )
-    missing, _ = clip.load_sd(tensors)
-    assert [key for key in missing if "scale" not in key] == []
-    return clip
 
 
 def our_embeddings(file: Path, prompts: list[str] = PROMPTS) -> list[torch.Tensor]:

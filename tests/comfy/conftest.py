@@ -3,6 +3,7 @@
 The ComfyUI is the one `make test` unpacks; ``COMFYUI_PATH`` names another, ``COMFYUI_VERSION`` another of those setup_env.py knows.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def start_comfy_server(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint
 
     def start(**options: object) -> ComfyServer:
         base = prepare_base(tmp_path_factory.mktemp("comfyui"), tiny_checkpoint)
+        shutil.copy(Path(__file__).parents[1] / "support" / "tiny_core_clip.py", base / "custom_nodes")
         server = ComfyServer(base, **options)  # type: ignore[arg-type]
         servers.append(server)
         server.start()

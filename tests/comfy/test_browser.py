@@ -5,6 +5,7 @@ was seen are in .work/screenshots.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,13 @@ LOADER, SAMPLER, EXPORT = "WanShardedLoader", "WanShardedI2VSampler", "WanSharde
 GPUS = {0: [], 1: ["RTX 5060 Ti 16 GB"], 2: ["RTX 5060 Ti 16 GB", "RTX 3060 12 GB"], 4: ["H200 141 GB"] * 4}
 # Larger than a local GPU, automatic, left out, and the server's maximum.
 SLIDER_VALUES = [80, 12.5, -1, 256, 0, 7, 3.5, 1]
+# The live picture, in an <img>: of ours in the classic canvas, of the frontend's own in Nodes 2.0.
+PICTURE_SHOWN = """([type, nodes2]) => {
+    const [node] = app.graph._nodes.filter((node) => node.type === type);
+    const ours = node.widgets.find((widget) => widget.name === "wan_sharded_picture")?.element;
+    const images = nodes2 ? [...document.querySelectorAll(`[data-node-id='${node.id}'] img`)] : [ours];
+    return images.length === 1 && !(nodes2 && ours) && images[0]?.src.startsWith("blob:") && images[0].naturalWidth > 0;
+}"""
 
 
 @dataclass(frozen=True)
@@ -111,9 +119,14 @@ def make_small(page: Any, seed: int) -> None:
 def watch_progress(page: Any) -> None:
     page.page.evaluate(
         """() => {
-            window.seen = { progress: 0, preview: 0, status: [] };
+            window.seen = { progress: 0, preview: 0, moving: 0, status: [] };
             app.api.addEventListener("progress", () => window.seen.progress++);
-            app.api.addEventListener("b_preview", () => window.seen.preview++);
+            app.api.addEventListener("b_preview", async ({ detail: blob }) => {
+                window.seen.preview++;
+                const image = new ImageDecoder({ data: await blob.arrayBuffer(), type: blob.type });
+                await image.tracks.ready;
+                if (image.tracks.selectedTrack.animated && image.tracks.selectedTrack.frameCount > 1) window.seen.moving++;
+            });
             app.api.addEventListener("wan_sharded.status", ({ detail }) => window.seen.status.push(detail.text));
             for (const end of ["execution_success", "execution_error"]) app.api.addEventListener(end, ({ detail }) => (window.seen.end = [end, detail]));
         }"""
@@ -134,13 +147,14 @@ def test_example_runs_and_shows_everything(look: Look, open_page: Callable[..., 
     watch_progress(page)
     page.page.get_by_role("button", name="Run", exact=True).click()
     page.page.wait_for_function("() => window.seen.preview > 0 || window.seen.end", timeout=120_000)
+    page.page.wait_for_function(PICTURE_SHOWN, arg=[SAMPLER, look.nodes_2], timeout=30_000)
     page.screenshot(f"{look}-2-running")
     page.page.wait_for_function("() => window.seen.end", timeout=120_000)
     seen = page.page.evaluate("() => window.seen")
     assert seen["end"][0] == "execution_success", seen["end"][1]
     assert seen["progress"] >= 4
-    assert seen["preview"] >= 1
-    assert any("Step" in text for text in seen["status"])
+    assert seen["preview"] >= 1 and seen["moving"] >= 1
+    assert any(re.search(r"Step \d of 4 \((high|low) noise expert\), [\d.]+ s a step, about \d+ s left", text) for text in seen["status"])
 
     page.page.wait_for_function("() => [...document.querySelectorAll('video')].some((video) => video.readyState >= 2)", timeout=30_000)
     video = page.page.evaluate("() => { const v = document.querySelector('video'); return [v.videoWidth, v.videoHeight]; }")
@@ -148,6 +162,32 @@ def test_example_runs_and_shows_everything(look: Look, open_page: Callable[..., 
     assert video == [128, 96]
     assert "CPU" in page.text(LOADER)
     assert page.text(SAMPLER).strip() and "..." not in page.text(SAMPLER)
+
+
+def test_templates_open_and_two_clips_become_one_video(look: Look, open_page: Callable[..., Any]):
+    page = open_page(gpus=1)
+    page.open_template("wan_i2v_core_text_vae")
+    assert page.on_node(SAMPLER, "node.inputs.filter((i) => i.link != null).map((i) => i.name)") == [
+        "model", "image", "positive_conditioning", "negative_conditioning", "vae",
+    ]  # fmt: skip
+    page.screenshot(f"{look}-core-text-vae")
+    page.open_template("wan_i2v_long")
+    page.set_values(LOADER, model=TINY_MODEL)
+    small = {"width": 128, "height": 96, "length": 17, "steps": 4}
+    for title in ("First clip", "Second clip"):
+        values = {**small, "seed": 100 + LOOKS.index(look)}
+        page.page.evaluate(
+            "([title, values]) => { const node = app.graph._nodes.find((n) => n.title === title);"
+            " Object.entries(values).forEach(([k, v]) => { node.widgets.find((w) => w.name === k).value = v; }); }",
+            [title, values],
+        )
+    watch_progress(page)
+    page.page.get_by_role("button", name="Run", exact=True).click()
+    page.page.wait_for_function("() => window.seen.end", timeout=120_000)
+    page.page.wait_for_function("() => [...document.querySelectorAll('video')].some((video) => video.readyState >= 2)", timeout=30_000)
+    page.screenshot(f"{look}-long")
+    assert page.page.evaluate("() => window.seen.end[0]") == "execution_success"
+    assert page.page.evaluate("() => document.querySelector('video').duration") == pytest.approx(33 / 16, abs=0.05)
 
 
 def test_a_file_survives_machines_with_other_gpus(look: Look, open_page: Callable[..., Any]):

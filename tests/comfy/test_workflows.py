@@ -21,13 +21,17 @@ from tiny_single_files import file_names
 
 FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
 FOUR_STEPS = "wan_i2v_lightx2v_4steps"
-NAMES = ["wan_i2v", "wan_first_last_frame", FOUR_STEPS]
-FILES = {"model", "high_noise_model", "low_noise_model", "text_encoder", "vae", "high_noise_lora", "low_noise_lora"}
+CORE, LONG = "wan_i2v_core_text_vae", "wan_i2v_long"
+NAMES = ["wan_i2v", "wan_first_last_frame", FOUR_STEPS, CORE, LONG]
+EXPERTS = {"model", "high_noise_model", "low_noise_model"}
+FILES = {*EXPERTS, "text_encoder", "vae", "high_noise_lora", "low_noise_lora"}
 # Widgets that are not at their defaults.
 CHANGED = {
     "wan_i2v": {"positive"},
     "wan_first_last_frame": {"positive"},
     FOUR_STEPS: {"positive", "width", "height", "steps", "cfg", "sampler_name", "switch_step", *FILES},
+    CORE: EXPERTS,
+    LONG: {"positive", "batch_index", "length"},  # which frames are taken
 }
 # Nodes that only exist in the frontend.
 NOTES = {"Note", "MarkdownNote"}
@@ -63,7 +67,7 @@ def choices(kind: Any, options: dict[str, Any]) -> list[Any] | None:
 
 def widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     """A UI node's widget values by name, by position as the frontend does it; fails unless every value is used up."""
-    values = iter(node["widgets_values"])
+    values = iter(node.get("widgets_values", []))
     found = {}
     for name, (kind, options) in input_specs(info).items():
         if not is_widget(kind):
@@ -77,9 +81,31 @@ def widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def of_type(prompt: dict[str, Any], class_type: str) -> list[dict[str, Any]]:
+    """The inputs of every node of a type."""
+    return [node["inputs"] for node in prompt.values() if node["class_type"] == class_type]
+
+
 def inputs_of(prompt: dict[str, Any], class_type: str) -> dict[str, Any]:
-    (node,) = [node for node in prompt.values() if node["class_type"] == class_type]
-    return node["inputs"]
+    (inputs,) = of_type(prompt, class_type)
+    return inputs
+
+
+def make_small(prompt: dict[str, Any], seed: int) -> None:
+    """Sizes for a CPU and the tiny checkpoint; core's Load CLIP gives way to the same at the size of the tiny file."""
+    loader = inputs_of(prompt, "WanShardedLoader")
+    if loader["model"] != "single files":
+        loader["model"] = TINY_MODEL
+    for number, sampler in enumerate(of_type(prompt, "WanShardedI2VSampler")):
+        sampler.update(width=64, height=48, length=5, steps=4, seed=seed + number)
+    for node in prompt.values():
+        if node["class_type"] == "CLIPLoader":
+            node["class_type"] = "TinyCoreClip"
+
+
+def frames_of(video: Path) -> np.ndarray:
+    with av.open(str(video)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -150,27 +176,29 @@ def test_four_steps_are_those_of_the_loras():
     assert {key: sampler[key] for key in wanted} == wanted
 
 
-def test_missing_files_are_offered_for_download(named_files: dict[str, str]):
+@pytest.mark.parametrize(
+    ("name", "folders"),
+    [(FOUR_STEPS, {"diffusion_models", "text_encoders", "vae", "loras"}), (CORE, {"diffusion_models", "text_encoders", "vae"})],
+)
+def test_missing_files_are_offered_for_download(name: str, folders: set[str], named_files: dict[str, str]):
     """By the frontend, which reads a node's ``properties.models`` and looks for the names among its widgets."""
     offered = {}
-    for node in nodes_of(ui_workflow(FOUR_STEPS)):
+    for node in nodes_of(ui_workflow(name)):
         for model in node["properties"].get("models", []):
             assert model["name"] in node["widgets_values"]
             assert model["url"].startswith("https://huggingface.co/Comfy-Org/Wan_2.")
             assert model["url"].endswith(f"/resolve/main/split_files/{model['directory']}/{model['name']}")
             offered[model["name"]] = model["directory"]
-    assert offered == named_files
+    assert offered == {file: folder for file, folder in named_files.items() if folder in folders}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_example_runs(name: str, comfy_server: ComfyServer, named_files: dict[str, str]):
     prompt = api_workflow(name)
-    loader = inputs_of(prompt, "WanShardedLoader")
-    if loader["model"] != "single files":
-        loader["model"] = TINY_MODEL
-    sampler = inputs_of(prompt, "WanShardedI2VSampler")
-    sampler.update(width=64, height=48, length=5, steps=4, seed=NAMES.index(name))
-    loader["gpu7_gb"] = 100 + NAMES.index(name)  # no such GPU here; else ComfyUI has cached results, and shows no text
+    make_small(prompt, seed=10 * NAMES.index(name))
+    inputs_of(prompt, "WanShardedLoader")["gpu7_gb"] = 100 + NAMES.index(
+        name
+    )  # no such GPU here; else ComfyUI has cached results, and shows no text
     entry = comfy_server.run(prompt)
     (video,) = comfy_server.outputs(entry)
     assert video.suffix == ".mp4" and video.stat().st_size > 0
@@ -190,9 +218,40 @@ def test_the_loras_change_the_video(comfy_server: ComfyServer, named_files: dict
         inputs_of(prompt, "WanShardedLora").update(high_noise_strength=strength, low_noise_strength=strength)
         inputs_of(prompt, "WanShardedVideoExport")["filename_prefix"] = f"lora_{strength}"
         (video,) = comfy_server.outputs(comfy_server.run(prompt))
-        with av.open(str(video)) as container:
-            videos.append(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(int))
+        videos.append(frames_of(video))
     assert np.abs(videos[0] - videos[1]).mean() > 1
+
+
+def test_the_long_video_goes_on_from_the_last_frame(comfy_server: ComfyServer):
+    """Two clips of 5 frames are 9, and ComfyUI's nodes take the frames that the example says they do."""
+    prompt = api_workflow(LONG)
+    make_small(prompt, seed=70)
+    (video,) = comfy_server.outputs(comfy_server.run(prompt))
+    joined = frames_of(video)
+    assert len(joined) == 9
+    alone = api_workflow(LONG)
+    make_small(alone, seed=70)
+    titles = {node["_meta"]["title"]: key for key, node in alone.items()}
+    export = inputs_of(alone, "WanShardedVideoExport")
+    clips = {}
+    for title in ("First clip", "Second clip"):
+        export["images"] = [titles[title], 0]
+        (video,) = comfy_server.outputs(comfy_server.run(alone))
+        clips[title] = frames_of(video)
+    expected = np.concatenate([clips["First clip"], clips["Second clip"][1:]])
+    assert np.abs(joined - expected).mean() < 3  # both are compressed
+    assert np.abs(joined - expected[::-1]).mean() > 6
+
+
+def test_cores_texts_and_vae_are_used(comfy_server: ComfyServer, named_files: dict[str, str]):
+    videos = []
+    for text in ("a boat", "a house"):
+        prompt = api_workflow(CORE)
+        make_small(prompt, seed=80)
+        next(node for node in prompt.values() if node["_meta"]["title"] == "Positive")["inputs"]["text"] = text
+        (video,) = comfy_server.outputs(comfy_server.run(prompt))
+        videos.append(frames_of(video))
+    assert np.abs(videos[0] - videos[1]).mean() > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -245,6 +304,8 @@ def test_there_are_examples_for_first_and_last_frame():
         "wan_i2v": ["wan_sharded_example.jpg"],
         "wan_first_last_frame": ["wan_sharded_example.jpg", "wan_sharded_example_last.jpg"],
         FOUR_STEPS: ["wan_sharded_example.jpg"],
+        CORE: ["wan_sharded_example.jpg"],
+        LONG: ["wan_sharded_example.jpg"],
     }
 
 
