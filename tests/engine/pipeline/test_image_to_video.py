@@ -37,11 +37,16 @@ def quick(make_request: Request) -> Request:
 
 def test_steps_are_reported(tiny_checkpoint: Path, make_request: Request) -> None:
     reports: list[StepReport] = []
-    request = make_request(num_inference_steps=4, switch_step=2, batch_size=2)
+    request = make_request(num_inference_steps=4, switch_step=2, batch_size=2, guidance_scale=3.0, guidance_scale_2=1.0)
     result = ImageToVideo(ModelOwner())(open_model(tiny_checkpoint), request, Callbacks(on_step=reports.append))
     assert [(report.step, report.steps) for report in reports] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [report.expert for report in reports] == ["high noise expert"] * 2 + ["low noise expert"] * 2
+    assert [(report.forwards, report.forwards_left) for report in reports] == [(2, 4), (2, 2), (1, 1), (1, 0)]
+    assert [report.expert_to_come for report in reports] == ["low noise expert"] * 2 + [""] * 2
     assert tuple(report.seconds for report in reports) == result.step_seconds
+    assert all(0 <= report.loading_seconds < report.seconds for report in reports)
+    # Each expert is loaded in its first step.
+    assert min(reports[0].loading_seconds, reports[2].loading_seconds) > max(reports[1].loading_seconds, reports[3].loading_seconds)
     assert all(report.denoised.shape == (2, 16, 2, 6, 8) for report in reports)
     # After the last step no noise is left, so what is expected is what there is.
     config = HostVae(tiny_checkpoint).config
