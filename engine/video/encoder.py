@@ -141,7 +141,7 @@ class VideoEncoder:
                 self._container.mux(self._audio.encode(None))
             self._container.close()
             if self._row.metadata == "exif":
-                add_exif_to_webp(self._partial, self._metadata)
+                add_exif_to_webp(self._partial, (self._video.width, self._video.height), self._alpha, self._metadata)
 
     def _last_packets(self) -> list[Any]:
         packets: list[Any] = self._video.encode(None)
