@@ -27,6 +27,7 @@ from record import Row, record
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP_FRAMES = 48
+MEMORY_EVERY = 100  # frames
 QUALITY = 19
 # As engine/video/formats.py has them.
 ENCODERS = {
@@ -91,7 +92,7 @@ def measure(way: str, format: str, count: int, size: tuple[int, int], ffmpeg: st
     held: list[int] = []
 
     def on_frame(written: int, other: int) -> None:
-        if written % 100 == 0:
+        if written % MEMORY_EVERY == 0:
             held.append(status_bytes("VmRSS") + (status_bytes("VmRSS", other) if other else 0) - before)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -126,6 +127,8 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="write nothing to RESULTS.md")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.frames < 2 * MEMORY_EVERY:
+        parser.error(f"--frames is {options.frames}; give {2 * MEMORY_EVERY} or more, because memory is read every {MEMORY_EVERY}")
     width, height = map(int, options.size.split("x"))
     if options.one:
         print(json.dumps(measure(options.one, options.format, options.frames, (width, height), options.ffmpeg)))

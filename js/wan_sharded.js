@@ -54,7 +54,6 @@ app.registerExtension({
 
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
-      if (nodeData.name === EXPORT) this.previewMediaType = PICTURE.test(output?.images?.[0]?.filename) ? "image" : "video";
       onExecuted?.apply(this, arguments);
       if (output?.text) showText(this, output.text.join("\n"));
       if (output?.placement) showPlacement(this, output.placement[0]);
@@ -72,8 +71,7 @@ app.registerExtension({
   // Synchronous on purpose: a file's values are applied right after this, and by then the widgets must stand.
   nodeCreated(node) {
     const kind = node.comfyClass;
-    // Nodes 2.0 of frontend 1.32 takes a result for a video only on nodes with a VIDEO input, or where this is set.
-    if (kind === EXPORT) node.previewMediaType = "video";
+    if (kind === EXPORT) tellPreviewMediaType(node);
     if (!(kind in TEXTS)) return;
     if (kind === LOADER) {
       setUpGpuSliders(node);
@@ -86,3 +84,18 @@ app.registerExtension({
     node.setSize([Math.max(width, MIN_WIDTH_PX), height]);
   },
 });
+
+/**
+ * Nodes 2.0 of frontend 1.32 takes a result for a video only on nodes with a VIDEO input, or where this property says so. Read off the
+ * result whenever it is asked for: newer frontends ask before onExecuted.
+ */
+function tellPreviewMediaType(node) {
+  Object.defineProperty(node, "previewMediaType", {
+    get() {
+      const id = node.graph && node.graph !== app.graph ? `${node.graph.id}:${node.id}` : node.id;
+      return PICTURE.test(app.nodeOutputs[id]?.images?.[0]?.filename) ? "image" : "video";
+    },
+    set() {}, // the frontend's own guess
+    configurable: true,
+  });
+}

@@ -141,7 +141,7 @@ class VideoEncoder:
                 self._container.mux(self._audio.encode(None))
             self._container.close()
             if self._row.metadata == "exif":
-                add_exif_to_webp(self._partial, self._metadata)
+                add_exif_to_webp(self._partial, (self._video.width, self._video.height), self._alpha, self._metadata)
 
     def _last_packets(self) -> list[Any]:
         packets: list[Any] = self._video.encode(None)
@@ -166,6 +166,8 @@ class VideoEncoder:
         stream = self._container.add_stream(row.codec, rate=self._frame_rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, self._pix_fmt
         context = stream.codec_context
+        # FFmpeg's default. PyAV's is slices, with which x264 splits each frame: slower on several cores, and a larger file.
+        context.thread_type = "AUTO"
         context.color_primaries, context.color_trc, context.colorspace, context.color_range = TAGS[row.colours]
         if row.codec_tag:
             context.codec_tag = row.codec_tag

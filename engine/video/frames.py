@@ -17,6 +17,8 @@ from ..errors import InvalidRequestError
 Frame: TypeAlias = torch.Tensor | NDArray[Any] | Image.Image
 Frames: TypeAlias = torch.Tensor | NDArray[Any] | Iterable[Frame]
 
+_ROWS = 32  # 0.5 MB of a frame 1280 wide
+
 
 def check_batch(frames: Any) -> None:
     """Refuse a batch whose shape cannot be a video, before anything is written. Lists and generators pass unseen.
@@ -109,19 +111,26 @@ def _pixels(frame: Any, index: int, alpha: bool, bits: int) -> NDArray[Any]:
         return array if bits == 8 else array.astype(np.uint16) * 257
     if not pixels.is_floating_point():
         raise _type_error(pixels.dtype, index)
-    # Rounded where the frame lives, so that a GPU's frame crosses the bus in its final size.
-    pixels = pixels.float()
-    # aminmax keeps NaN, and reads a frame once without writing one of its size.
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(pixels))).all()):
-        raise InvalidRequestError(
-            f"Frame {index} has NaN or infinite pixels: the model or the VAE that made it overflowed. "
-            "Use bf16 instead of fp16 there, another VAE, or a lower LoRA strength."
-        )
-    pixels = pixels.clamp(0, 1)  # a copy; from here on in place, because new memory of a frame's size costs more than the arithmetic
-    if bits == 8:
-        return pixels.mul_(255).round_().to(torch.uint8).cpu().contiguous().numpy()
-    # int32 on the way: torch has few operators for uint16.
-    return pixels.mul_(65535).round_().to(torch.int32).cpu().contiguous().numpy().astype(np.uint16)
+    return _rounded(pixels.float().cpu().numpy(), index, bits)
+
+
+def _rounded(pixels: NDArray[np.float32], index: int, bits: int) -> NDArray[Any]:
+    """[H, W, C] float as uint8 or uint16."""
+    # NumPy and not torch, whose threads would wait for cores that the encoder's threads keep busy. Some rows at a time stay in the
+    # processor's cache; new memory of a frame's size would cost more than the arithmetic.
+    highest, dtype = (255, np.uint8) if bits == 8 else (65535, np.uint16)
+    whole = np.empty(pixels.shape, dtype)
+    for begin in range(0, len(pixels), _ROWS):
+        rows = pixels[begin : begin + _ROWS]
+        if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):  # both keep NaN
+            raise InvalidRequestError(
+                f"Frame {index} has NaN or infinite pixels: the model or the VAE that made it overflowed. "
+                "Use bf16 instead of fp16 there, another VAE, or a lower LoRA strength."
+            )
+        rows = rows.clip(0, 1)
+        rows *= highest
+        whole[begin : begin + _ROWS] = np.rint(rows, out=rows)
+    return whole
 
 
 def _tensor(frame: NDArray[Any], index: int) -> torch.Tensor:

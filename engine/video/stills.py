@@ -15,7 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 from .failures import export_error
 
 _EXIF_MODEL, _EXIF_MAKE = 0x0110, 0x010F
-_WEBP_FLAGS_AT, _WEBP_HAS_EXIF = 20, 0x08
+_WEBP_FLAGS_AT = 20
+_WEBP_HAS_ALPHA, _WEBP_HAS_EXIF = 0x10, 0x08
 
 
 class PngSequence:
@@ -52,8 +53,14 @@ def write_png(pixels: NDArray[np.uint8], path: Path, metadata: Mapping[str, str]
     Image.fromarray(pixels).save(path, format="PNG", pnginfo=text, compress_level=4)
 
 
-def add_exif_to_webp(path: Path, metadata: Mapping[str, str]) -> None:
-    """Append ``metadata`` to an animated WebP as ComfyUI does: "prompt:…" as the camera's model, others as its make and downwards.
+def add_exif_to_webp(path: Path, size: tuple[int, int], alpha: bool, metadata: Mapping[str, str]) -> None:
+    """Append ``metadata`` to a WebP as ComfyUI does: "prompt:…" as the camera's model, others as its make and downwards.
+
+    Args:
+        path: animated, or a single picture, which is what the encoder makes of frames that are all the same.
+        size: width, height in pixels.
+        alpha: whether it may have transparency.
+        metadata: nothing is written where this is empty.
 
     Raises:
         OSError: the disk failed.
@@ -68,13 +75,19 @@ def add_exif_to_webp(path: Path, metadata: Mapping[str, str]) -> None:
         exif[tag] = f"{name}:{value}".encode()
     data: bytes = exif.tobytes().removeprefix(b"Exif\0\0")
     with path.open("rb+") as file:
-        # An animated WebP begins with "RIFF", size, "WEBP", "VP8X", size, flags. EXIF comes after the pictures.
+        # A WebP with more than one picture begins with "RIFF", size, "WEBP", "VP8X", size, flags. EXIF comes after the pictures.
+        file.seek(len("RIFF....WEBP"))
+        if (first := file.read(4)) != b"VP8X":
+            pictures = first + file.read()
+            sides = b"".join((side - 1).to_bytes(3, "little") for side in size)
+            file.seek(len("RIFF....WEBP"))
+            file.write(b"VP8X" + (10).to_bytes(4, "little") + bytes([_WEBP_HAS_ALPHA * alpha, 0, 0, 0]) + sides + pictures)
         file.seek(_WEBP_FLAGS_AT)
         flags = file.read(1)[0]
         file.seek(_WEBP_FLAGS_AT)
         file.write(bytes([flags | _WEBP_HAS_EXIF]))
         file.seek(0, 2)
         file.write(b"EXIF" + len(data).to_bytes(4, "little") + data + b"\0" * (len(data) % 2))
-        size = file.tell() - 8
+        length = file.tell() - 8
         file.seek(4)
-        file.write(size.to_bytes(4, "little"))
+        file.write(length.to_bytes(4, "little"))

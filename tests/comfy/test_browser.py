@@ -28,6 +28,45 @@ PICTURE_SHOWN = """([type, nodes2]) => {
     const images = nodes2 ? [...document.querySelectorAll(`[data-node-id='${node.id}'] img`)] : [ours];
     return images.length === 1 && !(nodes2 && ours) && images[0]?.src.startsWith("blob:") && images[0].naturalWidth > 0;
 }"""
+# What the page shows each of these with.
+EXPORTS = {"gif": "IMG", "webp": "IMG", "webm (VP9)": "VIDEO", "png sequence": "IMG"}
+# One colour for 5 frames of 64x64, exported to each format; all nodes in sight, because the classic canvas loads what it draws. The ids.
+ADD_EXPORTS = """({ formats, prefix, color }) => {
+    app.graph.clear();
+    app.graph.state.lastNodeId += 100; // Nodes 2.0 of frontend 1.32 shows what it knows of the last node with an id
+    const add = (type, x, values) => {
+        const node = LiteGraph.createNode(type);
+        node.pos = [x, 0];
+        for (const [name, value] of Object.entries(values)) node.widgets.find((w) => w.name === name).value = value;
+        app.graph.add(node);
+        return node;
+    };
+    const frames = add("EmptyImage", 0, { width: 64, height: 64, batch_size: 5, color });
+    const exports = formats.map((format, index) => {
+        const name = `${prefix}-${format.split(" ")[0]}`;
+        const node = add("WanShardedVideoExport", 350 + 450 * index, { format, filename_prefix: name, first_frame_png: format.startsWith("webm") });
+        frames.connect(0, node, 0);
+        return node.id;
+    });
+    Object.assign(app.canvas.ds, { scale: 0.7, offset: [100, 250] });
+    app.canvas.setDirty(true, true);
+    return exports;
+}"""
+# Pictures and videos on a node, with their own sizes.
+SHOWN = """([id, nodes_2]) => {
+    const node = app.graph.getNodeById(id);
+    const places = nodes_2 ? [document.querySelector(`[data-node-id='${id}']`)] : node.widgets.map((widget) => widget.element);
+    const media = places.flatMap((place) => [...(place?.querySelectorAll("img, video") ?? [])]);
+    if (!nodes_2) media.push(...(node.imgs ?? []));
+    return media.map((each) => [each.tagName, each.naturalWidth ?? each.videoWidth, each.naturalHeight ?? each.videoHeight]);
+}"""
+DROP = """async (name) => {
+    const answer = await app.api.fetchApi(`/view?type=output&filename=${name}`);
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([await answer.blob()], name, { type: answer.headers.get("Content-Type") }));
+    app.graph.clear();
+    app.canvas.canvas.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+}"""
 
 
 @dataclass(frozen=True)
@@ -208,6 +247,41 @@ def test_a_file_survives_machines_with_other_gpus(look: Look, open_page: Callabl
         workflow, visited = page.save()
         assert loader_of(workflow)["widgets_values"] == original
         assert visited["1"]["inputs"] == api["1"]["inputs"]
+
+
+def test_exports_are_shown_and_come_back(look: Look, open_page: Callable[..., Any]):
+    page = open_page()
+    page.open()
+    ids = page.page.evaluate(
+        ADD_EXPORTS, {"formats": [*EXPORTS, "mov (ProRes)"], "prefix": f"shown-{look}", "color": 1000 + LOOKS.index(look)}
+    )
+    _, api = page.save()
+    watch_progress(page)
+    page.page.evaluate("() => { app.queuePrompt(0); }")
+    page.page.wait_for_function("() => window.seen.end", timeout=60_000)
+    ended, detail = page.page.evaluate("() => window.seen.end")
+    assert ended == "execution_success", detail
+    shown: dict[str, Any] = {}
+    for _ in range(40):
+        shown = {format: page.page.evaluate(SHOWN, [node_id, look.nodes_2]) for node_id, format in zip(ids, EXPORTS, strict=False)}
+        if all(media and all(64 in size for _, *size in media) for media in shown.values()):
+            break
+        page.page.wait_for_timeout(250)
+    page.screenshot(f"{look}-exports")
+    assert {format: {tuple(each) for each in media} for format, media in shown.items()} == {
+        format: {(tag, 64, 64)} for format, tag in EXPORTS.items()
+    }
+    for node_id, format in zip(ids, EXPORTS, strict=False):
+        text = page.page.evaluate(
+            "(id) => app.graph.getNodeById(id).widgets.find((w) => w.name === 'wan_sharded_text').element.value", node_id
+        )
+        assert f"shown-{look}-{format.split()[0]}_0000" in text
+
+    for kind, extension in (("webm", "webm"), ("webm", "png"), ("webp", "webp"), ("mov", "mov")):
+        page.page.evaluate(DROP, f"shown-{look}-{kind}_00001_.{extension}")
+        page.page.wait_for_function("(count) => app.graph._nodes.length === count", arg=len(api), timeout=20_000)
+        page.page.wait_for_timeout(500)
+        assert page.save()[1] == api, f"{kind}, {extension}"
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,14 @@
 """The pack as a running ComfyUI sees it: which nodes there are, and their contract."""
 
+from pathlib import Path
+from typing import Any
+
+import av
 import pytest
 from comfy_server import ComfyServer
+from PIL import Image
 
+EXPORT = "WanShardedVideoExport"
 # Shared workflow files store widget values by position: a released order never changes, new inputs are appended.
 # name of each input -> its socket type; combos are COMBO. Required ones first, as ComfyUI serves them.
 LOADER_REQUIRED = {
@@ -127,3 +133,46 @@ def test_the_javascript_is_served(comfy_server: ComfyServer) -> None:
     assert files
     for path in files:
         assert comfy_server.request(path)
+
+
+def saved_files(server: ComfyServer, entry: dict[str, Any], node_id: str) -> list[Path]:
+    folders = {"output": server.output_dir, "temp": server.base_dir / "temp"}
+    return [folders[file["type"]] / file["subfolder"] / file["filename"] for file in entry["outputs"][node_id]["images"]]
+
+
+def test_cores_video_nodes_take_every_export(comfy_server: ComfyServer) -> None:
+    formats = [
+        choice for choice in comfy_server.object_info(EXPORT)[EXPORT]["input"]["required"]["format"][1]["options"] if "NVENC" not in choice
+    ]
+    prompt: dict[str, Any] = {"frames": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 5, "color": 4000}}}
+    for index, name in enumerate(formats):
+        ours = {"images": ["frames", 0], "fps": 16.0, "filename_prefix": f"ours_{index}", "format": name, "quality": 19}
+        prompt[f"export {name}"] = {"class_type": EXPORT, "inputs": ours}
+        cores = {"video": [f"export {name}", 0], "filename_prefix": f"core_{index}", "format": "mp4", "codec": "auto"}
+        prompt[name] = {"class_type": "SaveVideo", "inputs": cores}
+    entry = comfy_server.run(prompt)
+    for name in formats:
+        (file,) = saved_files(comfy_server, entry, name)
+        with av.open(str(file)) as container:
+            frames = list(container.decode(video=0))
+        assert (file.suffix, len(frames), frames[0].width, frames[0].height) == (".mp4", 5, 64, 64), name
+
+
+@pytest.mark.parametrize("format", ["mp4 (H.264)", "mp4 (H.265)", "mp4 (AV1)", "webm (VP9)"])
+def test_cores_load_video_reads_an_export(comfy_server: ComfyServer, format: str) -> None:
+    frames = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 5, "color": 0x8040C0}}
+    export = {"images": ["1", 0], "fps": 16.0, "filename_prefix": "to_load", "format": format, "quality": 19, "first_frame_png": True}
+    entry = comfy_server.run({"1": frames, "2": {"class_type": EXPORT, "inputs": export}})
+    file = entry["outputs"]["2"]["text"][0].split("\n")[0]
+    loaded = {
+        "1": {"class_type": "LoadVideo", "inputs": {"file": f"{file} [output]"}},
+        "2": {"class_type": "GetVideoComponents", "inputs": {"video": ["1", 0]}},
+        "3": {"class_type": "PreviewImage", "inputs": {"images": ["2", 0]}},
+    }
+    pictures = saved_files(comfy_server, comfy_server.run(loaded), "3")
+    assert len(pictures) == 5
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (64, 64)
+        assert all(
+            abs(found - sent) <= 4 for found, sent in zip(picture.convert("RGB").getpixel((32, 32)), (0x80, 0x40, 0xC0), strict=True)
+        )

@@ -197,6 +197,19 @@ def test_durations_of_pictures(label, tmp_path):
     assert abs(sum(durations) - 1000 * FRAMES / 16) <= 10
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("count", [1, 5])
+def test_webp_of_a_picture_that_stands_still(channels, count, tmp_path):
+    """The encoder makes a plain picture of it, which has no place for EXIF by itself."""
+    frames = smooth(channels)[:1].expand(count, -1, -1, -1)
+    path = write_video(frames, tmp_path / "a.webp", fps=16, format="webp", metadata={"workflow": "{}"})
+    with Image.open(path) as image:
+        image.load()
+        assert (image.size, image.mode) == ((WIDTH, HEIGHT), "RGB" if channels == 3 else "RGBA")
+        assert image.getexif()[0x010F] == "workflow:{}"
+    assert np.abs(decoded(path, "webp")[0] - decoded(write_video(frames, tmp_path / "b.webp", fps=16, format="webp"), "webp")[0]).max() == 0
+
+
 def test_workflow_in_webp_and_png(tmp_path):
     metadata = {"workflow": '{"title": "\\u6f22"}', "prompt": '{"1": {}}', "more": "[]"}
     path = write_video(smooth(), tmp_path / "a.webp", fps=16, format="webp", metadata=metadata)
