@@ -130,3 +130,11 @@ def test_chinese_paragraphs_are_one_line_each(node_id: str) -> None:
     lines = chinese_page(node_id).splitlines()
     begins = re.compile(r"#|\||- |$")
     assert [line for before, line in zip(lines, lines[1:], strict=False) if before and not begins.match(line)] == []
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_both_pages_show_the_node(node_id: str) -> None:
+    """The page looks for pictures beside the English page, whatever the language."""
+    for page in (english_page(node_id), chinese_page(node_id)):
+        assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page) == [f"images/{node_id}.jpg"]
+    assert (ROOT / "js" / "docs" / "images" / f"{node_id}.jpg").stat().st_size < 150_000
