@@ -203,6 +203,26 @@ def test_example_runs_and_shows_everything(look: Look, open_page: Callable[..., 
     assert page.text(SAMPLER).strip() and "..." not in page.text(SAMPLER)
 
 
+def test_cancel_and_run_again(look: Look, open_page: Callable[..., Any]):
+    page = open_page(gpus=1)
+    page.open_template("wan_i2v")
+    make_small(page, seed=200 + LOOKS.index(look))
+    page.set_values(SAMPLER, steps=200)
+    watch_progress(page)
+    page.page.evaluate("() => app.api.addEventListener('execution_interrupted', () => (window.seen.end = ['interrupted']))")
+    page.page.get_by_role("button", name="Run", exact=True).click()
+    page.page.wait_for_function("() => window.seen.progress > 1 || window.seen.end", timeout=120_000)
+    page.page.get_by_role("button", name="Cancel current run").click()
+    page.page.wait_for_function("() => window.seen.end", timeout=30_000)
+    assert page.page.evaluate("() => window.seen.end[0]") == "interrupted"
+
+    page.set_values(SAMPLER, steps=2)
+    watch_progress(page)
+    page.page.get_by_role("button", name="Run", exact=True).click()
+    page.page.wait_for_function("() => window.seen.end", timeout=120_000)
+    assert page.page.evaluate("() => window.seen.end[0]") == "execution_success"
+
+
 def test_templates_open_and_two_clips_become_one_video(look: Look, open_page: Callable[..., Any]):
     page = open_page(gpus=1)
     page.open_template("wan_i2v_core_text_vae")
