@@ -86,14 +86,14 @@ def _measure_speeds(device: torch.device) -> tuple[float, float]:
     with torch.inference_mode():
         a = torch.randn(tokens, width, device=device, dtype=dtype)
         b = torch.randn(width, width, device=device, dtype=dtype)
-        multiplying = best_seconds(device, lambda: torch.mm(a, b))
+        multiplying = _best_seconds(device, lambda: torch.mm(a, b))
         memory = torch.empty(64 * 1024**2, dtype=torch.uint8, pin_memory=True)
         there = torch.empty_like(memory, device=device)
-        copying = best_seconds(device, lambda: there.copy_(memory, non_blocking=True))
+        copying = _best_seconds(device, lambda: there.copy_(memory, non_blocking=True))
     return 2 * tokens * width * width / multiplying / 1e12, memory.numel() / copying
 
 
-def best_seconds(device: torch.device, action: Callable[[], object]) -> float:
+def _best_seconds(device: torch.device, action: Callable[[], object]) -> float:
     """The shortest of a few runs, by the device's own clock, after a warm-up."""
     seconds = []
     with torch.cuda.device(device):

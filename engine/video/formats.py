@@ -5,7 +5,7 @@ the writer reads this table, and so does the "Video Export" node for its list of
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..errors import InvalidRequestError
@@ -87,55 +87,39 @@ class VideoFormat:
 # use_metadata_tags keeps tags of any name (ComfyUI's "workflow" and "prompt"); faststart puts the index first, so that a browser
 # starts playing before it has the whole file.
 _MP4 = {"movflags": "use_metadata_tags+faststart"}
-_X265 = {"preset": "medium", "x265-params": "log-level=error"}
-_SVT = {"preset": "8"}
 # 0 would mean "choose for me" to NVENC. b=0: no ceiling beside the quality.
 _NVENC = {"preset": "p5", "rc": "vbr", "b": "0"}
 _NVENC_SCALE = (1, 19, 51)
 _NVENC_NEEDS = "It needs an NVIDIA GPU with a video encoder (data centre GPUs such as H100 have none) and a current driver"
 
+# x265 looks alike at about 3 more. "hvc1" is the only name under which Apple's players take H.265. With both sides below 64 it
+# aborted, which ends ComfyUI, in 83 of 288 processes (48×32, 32×32, 16×16), and in none of 1,284 at 64 and above. Cause not found.
+_H265 = VideoFormat(
+    *("mp4 (H.265)", "mp4", "mp4", "libx265", "yuv420p"),
+    quality_option="crf",
+    quality_scale=(0, 22, 51),
+    options={"preset": "medium", "x265-params": "log-level=error"},
+    container_options=_MP4,
+    codec_tag="hvc1",
+    min_side=64,
+    preview="",
+)
+_AV1 = VideoFormat(
+    *("mp4 (AV1)", "mp4", "mp4", "libsvtav1", "yuv420p"),
+    quality_option="crf",
+    quality_scale=(1, 28, 63),
+    options={"preset": "8"},
+    container_options=_MP4,
+)
+
 _TABLE = (
     VideoFormat(
         "mp4 (H.264)", "mp4", "mp4", "libx264", "yuv420p", quality_option="crf", options={"preset": "medium"}, container_options=_MP4
     ),
-    # x265 looks alike at about 3 more. "hvc1" is the only name under which Apple's players take H.265. With both sides below 64 it
-    # aborted, which ends ComfyUI, in 83 of 288 processes (48×32, 32×32, 16×16), and in none of 1,284 at 64 and above. Cause not found.
-    VideoFormat(
-        *("mp4 (H.265)", "mp4", "mp4", "libx265", "yuv420p"),
-        quality_option="crf",
-        quality_scale=(0, 22, 51),
-        options=_X265,
-        container_options=_MP4,
-        codec_tag="hvc1",
-        min_side=64,
-        preview="",
-    ),
-    VideoFormat(
-        *("mp4 (H.265, 10 bit)", "mp4", "mp4", "libx265", "yuv420p10le"),
-        bits=16,
-        quality_option="crf",
-        quality_scale=(0, 22, 51),
-        options=_X265,
-        container_options=_MP4,
-        codec_tag="hvc1",
-        min_side=64,
-        preview="",
-    ),
-    VideoFormat(
-        *("mp4 (AV1)", "mp4", "mp4", "libsvtav1", "yuv420p"),
-        quality_option="crf",
-        quality_scale=(1, 28, 63),
-        options=_SVT,
-        container_options=_MP4,
-    ),
-    VideoFormat(
-        *("mp4 (AV1, 10 bit)", "mp4", "mp4", "libsvtav1", "yuv420p10le"),
-        bits=16,
-        quality_option="crf",
-        quality_scale=(1, 28, 63),
-        options=_SVT,
-        container_options=_MP4,
-    ),
+    _H265,
+    replace(_H265, label="mp4 (H.265, 10 bit)", pix_fmt="yuv420p10le", bits=16),
+    _AV1,
+    replace(_AV1, label="mp4 (AV1, 10 bit)", pix_fmt="yuv420p10le", bits=16),
     VideoFormat(
         *("webm (VP9)", "webm", "webm", "libvpx-vp9", "yuv420p", "yuva420p"),
         quality_option="crf",

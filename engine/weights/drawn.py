@@ -48,9 +48,6 @@ class DrawnReader(TensorReader):
     def mapped(self, stored: StoredTensor) -> torch.Tensor:
         return draw(stored.key, stored.shape, self._device, torch.bfloat16).cpu()
 
-    def on_device(self, stored: StoredTensor, device: torch.device) -> torch.Tensor:
-        return draw(stored.key, stored.shape, self._device, torch.bfloat16).to(device)
-
     def read_into(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> None:
         for stored, target in wanted:
             target.copy_(draw(stored.key, stored.shape, self._device, torch.bfloat16).reshape(-1).view(torch.uint8))

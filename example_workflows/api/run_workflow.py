@@ -75,8 +75,9 @@ def main():
         set_input(prompt, f"{title}.image", upload(arguments.server, Path(picture)))
     for file in run(arguments.server, prompt):
         where = urlencode({key: file[key] for key in ("filename", "subfolder", "type")})
-        Path(file["filename"]).write_bytes(call(f"{arguments.server}/view?{where}"))
-        print(f"written: {file['filename']}")
+        target = Path(Path(file["filename"]).name)  # here, whatever the server calls it
+        target.write_bytes(call(f"{arguments.server}/view?{where}"))
+        print(f"written: {target}")
 
 
 if __name__ == "__main__":

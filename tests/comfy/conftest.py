@@ -5,7 +5,9 @@ The ComfyUI is the one `make test` unpacks; ``COMFYUI_PATH`` names another, ``CO
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from comfy_server import ComfyServer, prepare_base
@@ -36,3 +38,31 @@ def start_comfy_server(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint
 def comfy_server(start_comfy_server: Callable[..., ComfyServer]) -> ComfyServer:
     """The server most tests share. It has the pack, ``models/diffusers/wan-tiny`` and the example pictures; see comfy_server.py."""
     return start_comfy_server()
+
+
+@pytest.fixture(scope="session")
+def server_with(comfy_server: ComfyServer, start_comfy_server: Callable[..., ComfyServer]) -> Callable[[str], ComfyServer]:
+    """A server that shows a frontend, by its version or "bundled"; one per frontend."""
+    comfy_browser = pytest.importorskip("comfy_browser", reason="playwright is not installed")
+
+    @cache
+    def server(frontend: str) -> ComfyServer:
+        if frontend == "bundled":
+            return comfy_server
+        root = comfy_browser.fetch_frontend(frontend)
+        if root is None:
+            pytest.skip(f"frontend {frontend} could not be downloaded")
+        return start_comfy_server(extra_arguments=["--front-end-root", str(root)])
+
+    return server
+
+
+@pytest.fixture(scope="module")  # Playwright takes one at a time
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    comfy_browser = pytest.importorskip("comfy_browser", reason="playwright is not installed")
+    try:
+        with comfy_browser.open_browser() as opened:
+            yield opened
+    except comfy_browser.BrowserMissing as error:
+        pytest.skip(str(error))

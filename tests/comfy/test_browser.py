@@ -83,31 +83,6 @@ class Look:
 LOOKS = [Look(frontend, nodes_2) for frontend in ("bundled", comfy_browser.NEW_FRONTEND) for nodes_2 in (False, True)]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    try:
-        with comfy_browser.open_browser() as opened:
-            yield opened
-    except comfy_browser.BrowserMissing as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def server_with(comfy_server: ComfyServer, start_comfy_server: Callable[..., ComfyServer]) -> Callable[[str], ComfyServer]:
-    """A server that shows a frontend; one per frontend."""
-
-    @cache
-    def server(frontend: str) -> ComfyServer:
-        if frontend == "bundled":
-            return comfy_server
-        root = comfy_browser.fetch_frontend(frontend)
-        if root is None:
-            pytest.skip(f"frontend {frontend} could not be downloaded")
-        return start_comfy_server(extra_arguments=["--front-end-root", str(root)])
-
-    return server
-
-
 @pytest.fixture(params=LOOKS, ids=str)
 def look(request: pytest.FixtureRequest) -> Look:
     return request.param

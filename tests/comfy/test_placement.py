@@ -3,7 +3,6 @@
 import json
 import urllib.error
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import pytest
@@ -131,13 +130,15 @@ def test_a_run_sends_the_placement_twice(comfy_server: ComfyServer, tiny_prompt:
 class Pages:
     """Tabs in a headless browser, as a user may have them."""
 
-    def __init__(self, module: Any, browser: Any, server_with: Callable[[str], ComfyServer]):
-        self._module, self._browser, self._server_with = module, browser, server_with
+    def __init__(self, browser: Any, server_with: Callable[[str], ComfyServer]):
+        self._browser, self._server_with = browser, server_with
         self._open: list[Any] = []
 
     def open(self, frontend: str, *, nodes_2: bool, **settings: Any) -> Any:
+        from comfy_browser import ComfyPage
+
         server = self._server_with(frontend)
-        page = self._module.ComfyPage(self._browser, server.url, nodes_2=nodes_2, gpu_names=GPUS, settings=settings)
+        page = ComfyPage(self._browser, server.url, nodes_2=nodes_2, gpu_names=GPUS, settings=settings)
         self._open.append(page)
         return page
 
@@ -149,30 +150,11 @@ class Pages:
         return errors
 
 
-@pytest.fixture(scope="module")
-def all_pages(comfy_server: ComfyServer, start_comfy_server: Callable[..., ComfyServer]) -> Iterator[Pages]:
-    module = pytest.importorskip("comfy_browser", reason="playwright is not installed")
-
-    @cache
-    def server_with(frontend: str) -> ComfyServer:
-        if frontend == "bundled":
-            return comfy_server
-        root = module.fetch_frontend(frontend)
-        if root is None:
-            pytest.skip(f"frontend {frontend} could not be downloaded")
-        return start_comfy_server(extra_arguments=["--front-end-root", str(root)])
-
-    try:
-        with module.open_browser() as browser:
-            yield Pages(module, browser, server_with)
-    except module.BrowserMissing as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture
-def pages(all_pages: Pages) -> Iterator[Pages]:
-    yield all_pages
-    assert all_pages.close() == []
+def pages(browser: Any, server_with: Callable[[str], ComfyServer]) -> Iterator[Pages]:
+    opened = Pages(browser, server_with)
+    yield opened
+    assert opened.close() == []
 
 
 ELEMENT = "node.widgets.find((w) => w.name === 'wan_sharded_placement').element"
