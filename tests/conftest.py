@@ -20,12 +20,18 @@ WORK = ROOT / ".work"
 # Nothing in the tests may ask the Hub; must be set before huggingface_hub is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Several test processes and their servers, each with threads for all cores that wait for each other by spinning, take seconds for what
+# one takes milliseconds for. Must be set before torch is imported; servers inherit it.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 if "wan_sharded" not in sys.modules:
     pack = ModuleType("wan_sharded")
     pack.__path__ = [str(ROOT)]
     sys.modules["wan_sharded"] = pack
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several test processes (pytest-xdist), a file's tests share one, and so do all that need a GPU's memory."""
     for item in items:

@@ -12,6 +12,26 @@ from ..errors import InvalidRequestError
 TRAIN_TIMESTEPS = 1000
 
 
+class _FromTheFirstStep:
+    """Starts at the first noise level, instead of looking for it by its timestep.
+
+    Timesteps are whole numbers; several hundred steps have some of them twice, and diffusers then starts at the second one, so that the
+    last step has no noise level left.
+    """
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
+        self.set_begin_index(0)  # type: ignore[attr-defined]
+
+
+class WanUniPCScheduler(_FromTheFirstStep, UniPCMultistepScheduler):  # type: ignore[misc]
+    """diffusers' UniPC for any number of steps."""
+
+
+class WanDPMSolverScheduler(_FromTheFirstStep, DPMSolverMultistepScheduler):  # type: ignore[misc]
+    """diffusers' DPM-Solver++ for any number of steps."""
+
+
 class WanEulerScheduler(FlowMatchEulerDiscreteScheduler):
     """Euler over Wan's own noise levels: ``linspace(1, 0, steps + 1)[:-1]``, shifted once.
 
@@ -26,9 +46,7 @@ class WanEulerScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 def _unipc(shift: float):
-    return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=TRAIN_TIMESTEPS, flow_shift=shift
-    )
+    return WanUniPCScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=TRAIN_TIMESTEPS, flow_shift=shift)
 
 
 def _euler(shift: float):
@@ -36,7 +54,7 @@ def _euler(shift: float):
 
 
 def _dpmpp(shift: float):
-    return DPMSolverMultistepScheduler(
+    return WanDPMSolverScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=TRAIN_TIMESTEPS, flow_shift=shift
     )
 
@@ -65,7 +83,10 @@ def make_scheduler(sampler_name: str, shift: float):
 
 
 def boundary_after(scheduler: Any, steps: int, switch_step: int) -> float:
-    """The boundary ratio at which exactly the first ``switch_step`` of ``steps`` steps go to the high noise expert."""
+    """The boundary ratio at which exactly the first ``switch_step`` of ``steps`` steps go to the high noise expert.
+
+    Among several hundred steps some have the same whole-numbered timestep as their neighbour: such steps stay together.
+    """
     scheduler.set_timesteps(steps)
     timesteps = [float(t) for t in scheduler.timesteps]
     if switch_step >= len(timesteps):

@@ -191,7 +191,7 @@ def test_a_model_that_is_repaired_works_without_a_restart(comfy_server: ComfySer
 
 
 def test_interrupt_and_go_on(comfy_server: ComfyServer) -> None:
-    long = prompt(steps=400)
+    long = prompt(steps=1000, length=17)
     with comfy_server.listen() as events:
         prompt_id = comfy_server.queue(long)
         events.wait_for(lambda event: event.kind == "progress" and event.data.get("value", 0) >= 2)

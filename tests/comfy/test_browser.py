@@ -182,7 +182,7 @@ def test_cancel_and_run_again(look: Look, open_page: Callable[..., Any]):
     page = open_page(gpus=1)
     page.open_template("wan_i2v")
     make_small(page, seed=200 + LOOKS.index(look))
-    page.set_values(SAMPLER, steps=200)
+    page.set_values(SAMPLER, steps=1000)
     watch_progress(page)
     page.page.evaluate("() => app.api.addEventListener('execution_interrupted', () => (window.seen.end = ['interrupted']))")
     page.page.get_by_role("button", name="Run", exact=True).click()

@@ -49,6 +49,20 @@ def test_as_many_steps_as_asked(sampler_name: str) -> None:
         assert len(scheduler.timesteps) == steps
 
 
+@pytest.mark.parametrize("sampler_name", SAMPLER_NAMES)
+@pytest.mark.parametrize("steps", [4, 400, 1000])
+def test_many_steps_arrive_where_the_flow_ends(sampler_name: str, steps: int) -> None:
+    """Several hundred steps have some whole-numbered timesteps twice."""
+    scheduler = make_scheduler(sampler_name, 1.0)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(steps)
+    picture, noise = torch.randn(2, 1, 16, 2, 3, 3, generator=generator)
+    sample = noise
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(noise - picture, timestep, sample, return_dict=False)[0]
+    assert torch.allclose(sample, picture, atol=1e-2)
+
+
 def test_unknown_names() -> None:
     with pytest.raises(InvalidRequestError, match="sampler_name is 'ddim'; choose one of unipc, euler"):
         make_scheduler("ddim", 5.0)
