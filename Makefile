@@ -24,7 +24,7 @@ demo:
 
 test:
 	@$(PYTHON) scripts/setup_env.py --dev
-	@$(VENV_PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
+	@$(VENV_PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint:
 	@$(PYTHON) scripts/setup_env.py --dev

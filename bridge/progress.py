@@ -1,5 +1,8 @@
 """Progress bars, the live picture and cancel, through ComfyUI."""
 
+import time
+from collections.abc import Callable
+
 import comfy.model_management as management
 import comfy.utils
 import torch
@@ -9,6 +12,10 @@ from ..engine.planning.devices import gib
 from .pace import Pace
 from .preview import LivePreview
 from .status import show_on_node
+
+# Steps faster than this don't each bring a picture: decoding more moving pictures than anybody can see keeps the browser from everything
+# else, its Cancel button included.
+PICTURE_EVERY_S = 0.5
 
 
 class DownloadProgress:
@@ -32,8 +39,9 @@ class DownloadProgress:
 class RunProgress:
     """Shows a run on the sampler node: the bar counts denoising steps, the text says what else is going on."""
 
-    def __init__(self, node_id: str | None, steps: int):
+    def __init__(self, node_id: str | None, steps: int, now: Callable[[], float] = time.monotonic):
         self._node_id = node_id
+        self._now, self._shown_at = now, float("-inf")
         self._bar = comfy.utils.ProgressBar(steps)
         self._preview: LivePreview | None = None
         self._pace = Pace()
@@ -51,7 +59,12 @@ class RunProgress:
         show_on_node(self._node_id, f"Loading the {what}: {done} of {total} parts")
 
     def _on_step(self, report: StepReport) -> None:
-        show_on_node(self._node_id, self._pace.words(report))
+        words, now = self._pace.words(report), self._now()
+        if now - self._shown_at < PICTURE_EVERY_S and report.step < report.steps:
+            self._bar.update_absolute(report.step, report.steps)
+            return
+        self._shown_at = now
+        show_on_node(self._node_id, words)
         device: torch.device = report.denoised.device
         self._preview = self._preview or LivePreview(device)
         self._bar.update_absolute(report.step, report.steps, self._preview.picture(report))

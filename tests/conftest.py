@@ -8,11 +8,13 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".work"
@@ -22,7 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Several test processes and their servers, each with threads for all cores that wait for each other by spinning, take seconds for what
 # one takes milliseconds for. Must be set before torch is imported; servers inherit it.
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+if workers:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 if "wan_sharded" not in sys.modules:
@@ -31,12 +34,23 @@ if "wan_sharded" not in sys.modules:
     sys.modules["wan_sharded"] = pack
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes (pytest-xdist), a file's tests share one, and so do all that need a GPU's memory."""
-    for item in items:
-        alone = item.get_closest_marker("gpu") is not None or item.path.parent.name == "gpu"
-        item.add_marker(pytest.mark.xdist_group("gpu" if alone else str(item.path.relative_to(ROOT))))
+@pytest.fixture(autouse=True)
+def _gpu_for_itself(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With several test processes (pytest-xdist), one at a time has the GPUs and their memory."""
+    needs_gpu = request.node.get_closest_marker("gpu") is not None or request.path.parent.name == "gpu"
+    if not workers or not needs_gpu or not torch_has_gpu():
+        yield
+        return
+    WORK.mkdir(exist_ok=True)
+    with FileLock(WORK / "gpu.lock"):
+        yield
+
+
+@cache
+def torch_has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _kept(scripts: tuple[str, ...], key: object, write: Callable[[Path], object]) -> Path:

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +17,14 @@ if not torch.cuda.is_available():
     cli_args.args.cpu = True  # before comfy.model_management looks for a GPU
 
 import comfy.model_management as management  # noqa: E402
+import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
 import latent_preview  # noqa: E402
 from comfy.cli_args import LatentPreviewMethod, args  # noqa: E402
 from comfy.latent_formats import Wan21  # noqa: E402
 from comfy.taesd.taehv import TAEHV  # noqa: E402
 from server import PromptServer  # noqa: E402
+from wan_sharded.bridge import progress as progress_module  # noqa: E402
 from wan_sharded.bridge.preview import MOST_FRAMES, LivePreview  # noqa: E402
 from wan_sharded.engine import StepReport  # noqa: E402
 
@@ -172,3 +175,18 @@ def test_a_tiny_autoencoder_is_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert isinstance(preview._previewer, latent_preview.TAEHVPreviewerImpl)
     assert (kind, picture.size) == ("PNG", (64, 48))
     assert [frame.size for frame in frames] == [(64, 48)] * 3 and durations_ms == [63, 250, 250]
+
+
+def test_fast_steps_do_not_flood_the_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step every 0.1 s: the bar counts all, pictures and words come twice a second, and at the end."""
+    bar: list[tuple[int, bool]] = []
+    words: list[str] = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: bar.append((value, preview is not None)))
+    monkeypatch.setattr(progress_module, "show_on_node", lambda node_id, text: words.append(text))
+    clock = iter(index / 10 for index in range(13))
+    shown = progress_module.RunProgress("1", 13, now=lambda: next(clock))
+    for step in range(1, 14):
+        shown.callbacks.on_step(replace(report(noise(2, 6, 8), 0.1), step=step, steps=13, forwards_left=13 - step))
+    assert [value for value, _ in bar] == list(range(1, 14))
+    assert [value for value, picture in bar if picture] == [1, 6, 11, 13]
+    assert len(words) == 4 and words[-1].startswith("Step 13 of 13")
