@@ -3,6 +3,7 @@
 Made and kept by the owner of loaded models; the pipeline asks it for an expert, or for room on a device. Knows no files and no pictures.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +17,13 @@ from . import probe
 from .checkpoints.lora import LoraChoice
 from .checkpoints.stored import EXPERT_WORDS, HIGH_NOISE
 from .handle import ModelHandle
+from .handover import Handover, can_hand_over
 from .parallel.crew import Crew, Share
 from .parallel.forward import ParallelForward
 from .parallel.functions import BlockFunctions
 from .parallel.state import Timing
 from .parallel.workers import Worker
+from .planning.budgets import Budget
 from .planning.devices import GIB, DeviceInfo, gib
 from .planning.footprint import affordable_range_tokens
 from .planning.placement import HOST, Placement
@@ -32,6 +35,8 @@ from .weights.reading import TensorReader
 
 # Called with (parts done, parts in all, what is being loaded); may raise to cancel.
 OnLoad = Callable[[int, int, str], None]
+# On GPUs blocks are handed over beside the forward only where this is 1, until that has been shown to be right on real ones.
+HANDOVER_VARIABLE = "WAN_SHARDED_HANDOVER"
 # What moves to the host at a time when a forward runs out of memory.
 SHED_BYTES = GIB
 
@@ -58,11 +63,15 @@ class LoadedModel:
         self._crew_key: tuple[Any, ...] = ()
         self._calls: dict[str, Callable[..., Any]] = {}
         self._dispatched: dict[str, Placement] = {}
+        # Under way behind a forward; whatever moves or looks at parts waits for it first.
+        self._handover: Handover | None = None
+        self._handing_over = ""
         self._check_cancelled: Callable[[], None] = lambda: None
         self._on_stage: Callable[[str], None] = lambda words: None
 
     def use_loras(self, loras: Mapping[str, Sequence[LoraChoice]]) -> None:
         """Have these LoRAs, by expert, from the next activation on."""
+        self.finish_handover(wait=False)
         changed = [part for part, expert in self.experts.items() if expert.use_loras(loras.get(part, ()))]
         if changed:
             self.clear_fetch_rooms()  # a block may take more now
@@ -71,6 +80,7 @@ class LoadedModel:
 
     def set_plan(self, plan: Plan) -> None:
         """Follow a new plan from the next activation on."""
+        self.finish_handover(wait=False)
         if self.plan is not None and {b.device.torch_device for b in self.plan.budgets} - {b.device.torch_device for b in plan.budgets}:
             self.release()
         self.plan = plan
@@ -103,6 +113,7 @@ class LoadedModel:
         Raises:
             CheckpointError: a file can't be read any more.
         """
+        self.finish_handover()
         plan, expert = self._planned(), self.experts[part]
         self._check_cancelled, self._on_stage = check_cancelled, on_stage
         placement = plan.placements[part]
@@ -126,6 +137,55 @@ class LoadedModel:
             expert.dispatch(placement, devices, lambda: self._check_cancelled(), self.ceilings)
         self._dispatched[part] = placement
         return self._call(part)
+
+    # ---- the switch between experts
+
+    def hand_over_behind(self, part: str, successor: str) -> None:
+        """Have the next forward of an active expert be its last: behind it, the other expert's blocks take the place of its own.
+
+        Does nothing where one device works at a time, where both experts stay, and where the other's blocks are not held ready.
+        """
+        plan, forward = self._planned(), self._calls.get(part)
+        homes = plan.placements[part], plan.placements[successor]
+        if not isinstance(forward, ParallelForward) or not homes[1].parallel:
+            return
+        if probe.is_cuda(str(plan.main_device)) and os.environ.get(HANDOVER_VARIABLE) != "1":
+            return
+        old, new = self.experts[part], self.experts[successor]
+        devices: dict[int, torch.device] = {}
+        for budget in plan.budgets:
+            device = torch.device(budget.device.torch_device)
+            must_leave = self._bytes_to_leave(new, homes[1], budget)
+            for name in old.parts_on(device):
+                if must_leave > 0 and name.startswith("blocks.") and can_hand_over(old, new, name, homes, device):
+                    devices[int(name.removeprefix("blocks."))] = device
+                    must_leave -= old.part_bytes(name)
+        if devices:
+            self._undispatch(successor)
+            self._handover = forward.watcher = Handover(old, new, devices, lambda name: self._worth_keeping(part, name), forward.forget)
+            self._handing_over = part
+
+    def _bytes_to_leave(self, arriving: Expert, placement: Placement, budget: Budget) -> int:
+        """What must leave a device so that an expert's parts, and its forwards, fit there; negative where there is room."""
+        index, device = budget.device.index, torch.device(budget.device.torch_device)
+        coming = sum(arriving.part_bytes(n) for n, home in placement.homes.items() if home == index and arriving.location(n) != device)
+        return self.resident_bytes(device) + coming + placement.reserve_bytes[index] - budget.usable_bytes
+
+    def finish_handover(self, *, wait: bool = True) -> None:
+        """Let blocks that are being handed over arrive.
+
+        Args:
+            wait: for those that are still to be moved, too; else only for the one under way.
+        """
+        handover, self._handover = self._handover, None
+        if handover is not None:
+            handover.finish(wait=wait)
+            self._undispatch(self._handing_over)
+
+    def _worth_keeping(self, part: str, name: str) -> bool:
+        """Whether a part that leaves a device waits in system memory, instead of being read from its file again."""
+        expert = self.experts[part]
+        return not expert.is_cheap_to_read(name) and self._host_has_room(expert.part_bytes(name))
 
     def _call(self, part: str) -> Callable[..., Any]:
         return self._calls[part] if part in self._calls else self.experts[part].model
@@ -252,6 +312,7 @@ class LoadedModel:
 
     def clear_fetch_rooms(self) -> None:
         """Give back what fetched weights, and what the workers exchange, stood in, on all devices."""
+        self.finish_handover(wait=False)
         for expert in self.experts.values():
             expert.clear_fetch_room()
         if self._crew is not None:
@@ -281,12 +342,11 @@ class LoadedModel:
                     self._park(part, name)
 
     def _park(self, part: str, name: str) -> None:
-        expert = self.experts[part]
         self._undispatch(part)
-        if expert.is_cheap_to_read(name) or not self._host_has_room(expert.part_bytes(name)):
-            expert.drop(name)
+        if self._worth_keeping(part, name):
+            self.experts[part].park(name)
         else:
-            expert.park(name)
+            self.experts[part].drop(name)
 
     def failed_device(self, message: str) -> DeviceInfo:
         """The device that an out-of-memory message names, or else the one with the least room left."""
@@ -325,6 +385,7 @@ class LoadedModel:
         Returns:
             What moved, or moves at the next activation, in words.
         """
+        self.finish_handover(wait=False)
         waiting = self._waiting_on(index, part) if self._planned().parallel else []
         if waiting:
             self._learn_reserve(index, sum(self.experts[other].part_bytes(name) for other, name in waiting))

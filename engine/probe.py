@@ -155,6 +155,12 @@ def synchronize(torch_device: str) -> None:
         torch.cuda.synchronize(torch_device)
 
 
+def wait_for_stream(torch_device: str) -> None:
+    """Wait until a device has done what was asked of it in the caller's current stream."""
+    if is_cuda(torch_device):
+        torch.cuda.current_stream(torch_device).synchronize()
+
+
 def fragmentation() -> float:
     """What torch's allocator holds at a peak, over what is allocated; by the kind of allocator in use."""
     if not torch.cuda.is_available():

@@ -34,13 +34,20 @@ class BlockLoop:
     def __init__(self, crew: Crew, functions: BlockFunctions, check_cancelled: Callable[[], None]):
         self._crew, self._functions, self._check_cancelled = crew, functions, check_cancelled
 
-    def run(self, states: list[State], blocks: range, timed: Sequence[int]) -> None:
+    def run(
+        self,
+        states: list[State],
+        blocks: range,
+        timed: Sequence[int],
+        block_done: Callable[[int, Sequence[Mark]], None] = lambda block, marks: None,
+    ) -> None:
         """Compute some blocks, in order.
 
         Args:
             states: the workers with tokens; their ``x`` changes.
             blocks: from the first one on.
             timed: those of them whose work is timed.
+            block_done: told when all work of a block is queued, and up to which points.
         """
         for state in states:
             state.fetcher.begin()
@@ -54,6 +61,7 @@ class BlockLoop:
             self._trim(states)
             self._run_block(states, block, timed=block in timed)
             queued.append([state.worker.mark() for state in states])
+            block_done(block, queued[-1])
 
     def _trim(self, states: list[State]) -> None:
         for state in states:

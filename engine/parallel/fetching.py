@@ -58,7 +58,7 @@ class Fetcher:
         slots: list[Slot],
         link_from: Callable[[torch.device], Link],
     ):
-        self._worker, self._remote, self._layouts, self._slots = worker, remote, layouts, slots
+        self._worker, self._remote, self._layouts, self._slots = worker, dict(remote), layouts, slots
         self._local: dict[int, dict[str, Any]] = {number: dict(weights) for number, weights in local.items()}
         self._links = {source.device: link_from(source.device) for source in remote.values()}
         # Blocks that lie alike share the views.
@@ -108,6 +108,11 @@ class Fetcher:
         self._worker.wait(arrived)
         self._in_use[block] = slot_number
         return self._bound[slot_number][self._layouts[block]]
+
+    def forget(self, block: int) -> None:
+        """Drop what refers to a block's memory; it is not asked for any more."""
+        self._local.pop(block, None)
+        self._remote.pop(block, None)
 
     def done(self, block: int) -> None:
         """All work with a block's weights is queued: its buffer may be filled with the next block after that."""

@@ -7,7 +7,7 @@ the ones before them.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -21,7 +21,7 @@ from .ends import Ends
 from .fetching import Fetcher, Source
 from .functions import BlockFunctions, pays_off
 from .state import State, Timing, busy_seconds
-from .workers import Worker
+from .workers import Mark, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,14 @@ TIMED_EVERY = 5
 FEW_BITS_ERROR = {torch.float8_e4m3fn: 0.05, torch.int8: 0.02}
 # And how much faster it must be.
 FASTER_BY = 0.97
+
+
+class BlockWatcher(Protocol):
+    """Wants to know how far a forward is."""
+
+    def block_done(self, number: int, marks: Sequence[Mark]) -> None:
+        """All work of a block is queued, up to these points."""
+        ...
 
 
 class ParallelForward:
@@ -64,6 +72,8 @@ class ParallelForward:
         self._fetchers = [self._fetcher(worker) for worker in crew.workers]
         self._ends = Ends(expert, crew, self._fetchers)
         self._blocks = BlockLoop(crew, functions, check_cancelled)
+        # For the next call only.
+        self.watcher: BlockWatcher | None = None
         self.timings: list[Timing] = []
         self._timed: list[Worker] = []
         self._last: list[State] = []
@@ -84,6 +94,11 @@ class ParallelForward:
         fetcher = Fetcher(worker, local, remote, layouts, slots, lambda source: crew.link("weights", source, worker))
         fetcher.multiply_few_bits(any(share.multiply_few_bits for share in crew.shares if share.worker is worker))
         return fetcher
+
+    def forget(self, block: int) -> None:
+        """Drop what refers to a block's weights. This expert must be activated anew before its next forward."""
+        for fetcher in self._fetchers:
+            fetcher.forget(block)
 
     def latest_timings(self) -> dict[int, Timing]:
         """Device index -> what was timed of it in the latest forward."""
@@ -127,7 +142,9 @@ class ParallelForward:
         else:
             self._consider_compiling()  # the run before this one may have been too short for it
         states = self._ends.hand_out(given)
-        self._blocks.run(states, range(self._block_count), timed=range(1, self._block_count, TIMED_EVERY))
+        watcher, self.watcher = self.watcher, None
+        timed = range(1, self._block_count, TIMED_EVERY)
+        self._blocks.run(states, range(self._block_count), timed, *([watcher.block_done] if watcher is not None else []))
         out = self._ends.gather(states, latents)
         self._last = states
         for state in states:

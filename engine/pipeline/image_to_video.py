@@ -204,25 +204,33 @@ class _Run:
         pipeline.set_progress_bar_config(disable=True)
         pipeline.main_device = self.plan.main_device
         pipeline.run_guidance = (request.guidance_scale, request.low_noise_guidance_scale)
+        scheduler.set_timesteps(request.num_inference_steps)
+        high_noise = [timestep for timestep in scheduler.timesteps if pipeline.is_high_noise(timestep)]
+        if len(high_noise) < len(scheduler.timesteps):
+            transformers[0].successor = LOW_NOISE
+            transformers[0].forwards_left = sum(pipeline.forwards_at(timestep) for timestep in high_noise)
         self.loaded.forwards_left = request.num_inference_steps * (2 if request.needs_negative else 1)
         self.callbacks.on_stage("Encoding the picture")
-        return pipeline(
-            image=self._frame(request.image, "image"),
-            last_image=None if request.last_image is None else self._frame(request.last_image, "last_image"),
-            prompt_embeds=prompt,
-            negative_prompt_embeds=negative,
-            height=request.height,
-            width=request.width,
-            num_frames=request.num_frames,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            guidance_scale_2=request.low_noise_guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            output_type="latent",
-            return_dict=False,
-            callback_on_step_end=self._step_callback(transformers),
-            callback_on_step_end_tensor_inputs=["latents", "noise_pred"],
-        )[0]
+        try:
+            return pipeline(
+                image=self._frame(request.image, "image"),
+                last_image=None if request.last_image is None else self._frame(request.last_image, "last_image"),
+                prompt_embeds=prompt,
+                negative_prompt_embeds=negative,
+                height=request.height,
+                width=request.width,
+                num_frames=request.num_frames,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                guidance_scale_2=request.low_noise_guidance_scale,
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                output_type="latent",
+                return_dict=False,
+                callback_on_step_end=self._step_callback(transformers),
+                callback_on_step_end_tensor_inputs=["latents", "noise_pred"],
+            )[0]
+        finally:
+            self.loaded.finish_handover(wait=False)
 
     def _frame(self, picture: torch.Tensor, name: str) -> torch.Tensor:
         request = self.request

@@ -20,6 +20,8 @@ class ShardedTransformer:
 
     Attributes:
         loading_s: seconds that this has taken so far.
+        successor: the other expert, where it takes over in this run.
+        forwards_left: how many forwards of this expert are still to come, where there is a successor.
     """
 
     def __init__(self, loaded: LoadedModel, part: str, callbacks: Callbacks, note: Callable[[str], None]):
@@ -27,6 +29,8 @@ class ShardedTransformer:
         self.config = loaded.experts[part].model.config
         self.dtype = loaded.precision.dtype
         self.loading_s = 0.0
+        self.successor: str | None = None
+        self.forwards_left = 0
 
     @contextmanager
     def cache_context(self, name: str, **where: Any) -> Generator[None, None, None]:
@@ -46,8 +50,11 @@ class ShardedTransformer:
                 began = time.perf_counter()
                 forward = self._loaded.activate(self._part, calls.check_cancelled, calls.on_load, calls.on_stage)
                 self.loading_s += time.perf_counter() - began
+                if self.successor is not None and self.forwards_left == 1:
+                    self._loaded.hand_over_behind(self._part, self.successor)
                 output = forward(*args, **kwargs)
                 self._loaded.forwards_left -= 1
+                self.forwards_left -= 1
                 return output
             except torch.OutOfMemoryError as error:
                 failed_on = self._loaded.failed_device(str(error))

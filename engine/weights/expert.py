@@ -226,6 +226,27 @@ class Expert:
         self._move_buffers(part, device)
         self._locations[part] = device
 
+    def bring_into(self, part: str, flat: torch.Tensor, device: torch.device) -> None:
+        """Have a part's weights in memory that something else stood in, once they have arrived there.
+
+        Args:
+            part: the part's name; it is nowhere, or on the host with the LoRAs in use.
+            flat: uint8 of exactly the part's bytes.
+            device: where that is; the work is queued in its current stream, and waited for.
+        """
+        layout = self.layout(part)
+        if self._locations[part] == NOWHERE:
+            self._keeper.fill(part, self._names[part], self._adapters, layout, flat, device)
+            self._adapted[part] = self._adapters
+        elif part in self._packed:
+            flat.copy_(self._packed[part].flat, non_blocking=True)
+        else:
+            layout.fill(flat, self._held[part])
+        probe.wait_for_stream(str(device))
+        self._keep(part, layout, flat)
+        self._move_buffers(part, device)
+        self._locations[part] = device
+
     def park(self, part: str) -> None:
         """Have a part's weights wait in host memory, as they are."""
         self._move(part, CPU, packed=part in self._packed)

@@ -7,6 +7,8 @@ import time
 import pytest
 import torch
 from wan_sharded.engine import Callbacks, ImageToVideoRequest, open_model
+from wan_sharded.engine import loaded as loaded_module
+from wan_sharded.engine.handover import Handover
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
 from wan_sharded.engine.pipeline.schedulers import make_scheduler
@@ -115,3 +117,34 @@ def test_cancel_from_another_thread_stops_within_two_seconds_and_the_next_run_is
         run(handle, request(num_inference_steps=500), Callbacks(check_cancelled=check))
     assert time.perf_counter() - asked[0] < 2
     assert torch.equal(run(handle, request()).frames, expected)
+
+
+@pytest.mark.parametrize("limits", [{0: 0}, pytest.param({0: 0, 1: 0}, marks=two_gpus)])
+def test_blocks_handed_over_behind_the_last_forward(make_checkpoint, limits, monkeypatch):
+    """Every block, both ways a successor waits (in its file, and parked), with fresh pictures: the same bits as moving them at once."""
+    folder = make_checkpoint(num_blocks=12, num_heads=16, dtype=torch.bfloat16)
+    left_out = {i: -1 for i in range(torch.cuda.device_count()) if i not in limits}
+    handle = open_model(folder, max_memory_gib={**limits, **left_out}, execution="parallel", device_map="balanced")
+    changes = {"switch_step": 2, "guidance_scale": 1.0}
+    plain = ImageToVideo(ModelOwner())
+    expected = [plain(handle, request(seed, **changes)).frames for seed in range(8)]
+
+    monkeypatch.setenv(loaded_module.HANDOVER_VARIABLE, "1")
+    monkeypatch.setattr(loaded_module.LoadedModel, "_bytes_to_leave", lambda *args: 2**62)
+    moved: list[int] = []
+    finish = Handover.finish
+
+    def watched(handover: Handover, **options: bool) -> None:
+        finish(handover, **options)
+        moved.append(len(handover.moved))
+
+    monkeypatch.setattr(Handover, "finish", watched)
+    owner = ModelOwner()
+    run = ImageToVideo(owner)
+    for seed, frames in enumerate(expected):
+        if seed % 2:
+            monkeypatch.setattr(loaded_module.LoadedModel, "_worth_keeping", lambda *args: True)
+        else:
+            owner.release()
+        assert torch.equal(run(handle, request(seed, **changes)).frames, frames), seed
+    assert len(moved) == len(expected) and all(count > 0 for count in moved), moved
