@@ -1,10 +1,10 @@
 """Seconds per forward of one 14B expert: this pack on one GPU and on all, beside diffusers' ways, in one run on one machine.
 
-    python benchmarks/parallel.py [--sizes 832x480x81,1280x720x81] [--layers 40] [--no-distributed]
+    python benchmarks/parallel.py [--sizes 832x480x81,1280x720x81] [--layers 40] [--without ulysses,device_map]
 
 Compares diffusers on one GPU, ``device_map="balanced"``, diffusers' Ulysses attention with FSDP (a process per GPU, NCCL), and this
-pack with 1 .. N GPUs, every weight stored once; on one GPU also with all blocks in system memory, and as two workers of one GPU, which
-shows that the parts work together and not how fast. Outputs are compared with diffusers' bf16 at the same size, and, at a small size
+pack with 1 .. N GPUs, every weight stored once; on one GPU also with all blocks in system memory, and, where there is but one, as two
+workers of it, which shows that the parts work together and not how fast. Outputs are compared with diffusers' bf16 at the same size, and, at a small size
 and ten layers, with diffusers in float32.
 """
 
@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +55,7 @@ def timed_forward(call, inputs: list[dict], repeats: int) -> tuple[float, float,
         seconds.append(time.perf_counter() - began)
         if number < len(inputs):
             outputs.append(output.float().cpu())
-    middle = repeats // 2
-    return sorted(seconds[1:])[middle], sorted(queued[1:])[middle], outputs
+    return median(seconds[1:]), median(queued[1:]), outputs
 
 
 def relative(ours: list[torch.Tensor], theirs: list[torch.Tensor] | None) -> float | None:
@@ -86,9 +86,12 @@ def diffusers_row(case: str, inputs: list[dict], layers: int, repeats: int, bala
     gpus = torch.cuda.device_count() if balanced else 1
     row = Row(case, "device_map" if balanced else "diffusers", gpus, "bf16")
     if balanced:
-        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+        from diffusers import WanTransformer3DModel
+        from wan_sharded.engine.weights.drawn import WAN_14B
 
-        empty = diffusers_model("meta", num_layers=layers)
+        with init_empty_weights():
+            empty = WanTransformer3DModel(**{**WAN_14B, "num_layers": layers}).to(torch.bfloat16)
         share = sum(p.nbytes for p in empty.parameters()) / gpus * 1.03
         device_map = infer_auto_device_map(
             empty, max_memory=dict.fromkeys(range(gpus), int(share)) | {gpus - 1: 10**12}, no_split_module_classes=["WanTransformerBlock"]
@@ -249,9 +252,12 @@ def main() -> None:
     parser.add_argument("--sizes", default="832x480x81,1280x720x81")
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-distributed", action="store_true", help="leave Ulysses out")
+    parser.add_argument(
+        "--without",
+        default="",
+        help="cases to leave out, by what stands between the commas of their names: ulysses,device_map,eager,1 GPU,...",
+    )
     parser.add_argument("--no-precision", action="store_true")
-    parser.add_argument("--only", default="", help="a part of the names of the cases to run")
     parser.add_argument("--name", default="parallel", help="of the results file; empty: print only")
     a = parser.parse_args()
     sizes = [tuple(int(n) for n in size.split("x")) for size in a.sizes.split(",")]
@@ -260,38 +266,44 @@ def main() -> None:
     rows: list[Row] = [] if a.no_precision else precision_rows()
     references: dict = {}
     print(f"can compile: {can_compile()}", flush=True)
+    left_out = [name for name in a.without.split(",") if name]
+
+    def wanted(what: str) -> bool:
+        return not set(what.split(", ")).intersection(left_out)
+
     for size in sizes:
         case = "x".join(map(str, size))
         inputs = [random_inputs(*size, "cuda:0", torch.bfloat16, seed) for seed in range(2)]
-        if a.only in "diffusers":
+        if wanted("diffusers"):
             row, references[size] = diffusers_row(case, inputs, a.layers, a.repeats, balanced=False)
             rows.append(row)
             print(row, flush=True)
             clean()
-        if gpus > 1:
+        if gpus > 1 and wanted("device_map"):
             row, _ = diffusers_row(case, inputs, a.layers, 2, balanced=True)
             rows.append(row)
             print(row, flush=True)
             clean()
-        shared = {"reference": references.get(size)}
+        cases: list[tuple[list[Worker], dict]] = []
         for count in sorted({1, 2, gpus} & set(range(1, gpus + 1))):
-            rows.append(sharded_row(case, inputs, a.layers, a.repeats, [Worker(i, devices[i]) for i in range(count)], **shared))
+            what = f"wan-sharded, {count} GPU{'s' if count > 1 else ''}"
+            cases.append(([Worker(i, devices[i]) for i in range(count)], {"what": what}))
         if gpus > 1:
             for options in ({"what": "wan-sharded, copies staged", "staged": True}, {"what": "wan-sharded, eager", "compiled": False}):
-                both = [Worker(i, devices[i]) for i in range(2)]
-                rows.append(sharded_row(case, inputs, a.layers, a.repeats, both, **options, **shared))
+                cases.append(([Worker(i, devices[i]) for i in range(2)], options))
         if size == sizes[0]:
-            for options in (
-                {"what": "wan-sharded, eager", "compiled": False},
-                {"what": "wan-sharded, all blocks in system memory", "homes": [CPU]},
-                {"what": "wan-sharded, two workers of one GPU"},
-                {"what": "wan-sharded, two workers of one GPU, staged", "homes": [CPU, devices[0]], "staged": True},
-            ):
-                count = 2 if "two" in options["what"] else 1
-                workers = [Worker(i, devices[0], new_stream(devices[0]) if count > 1 else None) for i in range(count)]
-                rows.append(sharded_row(case, inputs, a.layers, a.repeats, workers, **options, **shared))
-    if gpus > 1 and not a.no_distributed:
-        for fsdp in (True, False):
+            first: list[dict] = [{"what": "wan-sharded, eager, 1 GPU", "compiled": False}]
+            first.append({"what": "wan-sharded, all blocks in system memory", "homes": [CPU]})
+            cases += [([Worker(0, devices[0])], options) for options in first]
+        if size == sizes[0] and gpus == 1:
+            shared_by_two: list[dict] = [{"what": "wan-sharded, two workers of one GPU"}]
+            shared_by_two.append({"what": "wan-sharded, two workers of one GPU, staged", "homes": [CPU, devices[0]], "staged": True})
+            cases += [([Worker(i, devices[0], new_stream(devices[0])) for i in range(2)], options) for options in shared_by_two]
+        for workers, options in cases:
+            if wanted(options["what"]):
+                rows.append(sharded_row(case, inputs, a.layers, a.repeats, workers, reference=references.get(size), **options))
+    for fsdp in (True, False) if gpus > 1 else ():
+        if wanted("ulysses_fsdp" if fsdp else "ulysses"):
             rows += ulysses_rows(sizes, a.layers, a.repeats, references, fsdp)
     command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
     record(a.name, "One forward: seconds, peak of tensors on each GPU, error against diffusers' bf16", command, rows, append=bool(a.name))

@@ -100,7 +100,7 @@ def _line(row: Row) -> str:
         row.what,
         str(row.gpus),
         row.dtype,
-        number(row.seconds, ".2f"),
+        number(row.seconds, ".2f" if row.seconds is None or row.seconds >= 0.2 else ".4f"),
         peaks,
         number(row.host_gib, ".1f"),
         number(row.rel_err, ".1e"),

@@ -50,12 +50,12 @@ def main() -> None:
     fast, slow = (torch.device("cuda", i) for i in range(2))
     inputs = [random_inputs(*(int(n) for n in a.size.split("x")), fast, torch.bfloat16, seed) for seed in range(2)]
     rows: list[Row] = []
-    reference = None
+    expert = random_expert(fast, num_layers=a.layers)
+    place(expert, [fast], fast)
+    alone, reference, _ = measure(expert, inputs, [Worker(0, fast)], a.repeats)
+    rows.append(Row(a.size, "fast GPU alone", 1, "bf16", alone))
+    print(rows[-1], flush=True)
     for sms in (int(n) for n in a.sms.split(",")):
-        expert = random_expert(fast, num_layers=a.layers)
-        place(expert, [fast], fast)
-        alone, outputs, _ = measure(expert, inputs, [Worker(0, fast)], a.repeats)
-        reference = reference or outputs
         place(expert, [slow], slow)
         context = GreenContext.create(num_sms=sms, device_id=1)
 
@@ -65,8 +65,8 @@ def main() -> None:
         other, _, _ = measure(expert, inputs, [limited()], a.repeats)
         best = 1 / (1 / alone + 1 / other)
         limit = f"second GPU with {sms} of {torch.cuda.get_device_properties(slow).multi_processor_count} multiprocessors"
-        rows.append(Row(a.size, "fast GPU alone", 1, "bf16", alone))
         rows.append(Row(a.size, f"limited GPU alone, {sms} multiprocessors", 1, "bf16", other))
+        print(rows[-1], flush=True)
         place(expert, [fast, slow], fast)
         for what, options in {
             "wan-sharded": {},
@@ -78,7 +78,6 @@ def main() -> None:
             row.note = f"{limit}; {words}; {seconds / best:.3f} of the best, {best:.2f} s"
             rows.append(row)
             print(row, flush=True)
-        del expert
         clean()
     command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
     record(a.name, "GPUs of different speed: seconds of one forward", command, rows, append=bool(a.name))

@@ -109,7 +109,7 @@ class Handover:
             self._streams[device] = new_stream(device)
         stream = self._streams[device]
         try:
-            with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
+            with torch.inference_mode(), nullcontext() if stream is None else torch.cuda.stream(stream):
                 self._move(f"blocks.{number}", number, device)
         except Exception as error:
             logger.info("Block %d was not handed over: %s", number, error)

@@ -3,7 +3,6 @@
 Made and kept by the owner of loaded models; the pipeline asks it for an expert, or for room on a device. Knows no files and no pictures.
 """
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from .parallel.state import Timing
 from .parallel.workers import Worker
 from .planning.budgets import Budget
 from .planning.devices import GIB, DeviceInfo, gib
-from .planning.footprint import affordable_range_tokens
+from .planning.footprint import affordable_range_tokens, wider_ranges_bytes
 from .planning.placement import HOST, Placement
 from .plans import HOST_RESERVE_BYTES, Plan
 from .weights.expert import CPU, Expert
@@ -35,8 +34,6 @@ from .weights.reading import TensorReader
 
 # Called with (parts done, parts in all, what is being loaded); may raise to cancel.
 OnLoad = Callable[[int, int, str], None]
-# On GPUs blocks are handed over beside the forward only where this is 1, until that has been shown to be right on real ones.
-HANDOVER_VARIABLE = "WAN_SHARDED_HANDOVER"
 # What moves to the host at a time when a forward runs out of memory.
 SHED_BYTES = GIB
 
@@ -149,8 +146,6 @@ class LoadedModel:
         homes = plan.placements[part], plan.placements[successor]
         if not isinstance(forward, ParallelForward) or not homes[1].parallel:
             return
-        if probe.is_cuda(str(plan.main_device)) and os.environ.get(HANDOVER_VARIABLE) != "1":
-            return
         old, new = self.experts[part], self.experts[successor]
         devices: dict[int, torch.device] = {}
         for budget in plan.budgets:
@@ -169,7 +164,7 @@ class LoadedModel:
         """What must leave a device so that an expert's parts, and its forwards, fit there; negative where there is room."""
         index, device = budget.device.index, torch.device(budget.device.torch_device)
         coming = sum(arriving.part_bytes(n) for n, home in placement.homes.items() if home == index and arriving.location(n) != device)
-        return self.resident_bytes(device) + coming + placement.reserve_bytes[index] - budget.usable_bytes
+        return self.resident_bytes(device) + coming + self._forward_bytes(placement, index) - budget.usable_bytes
 
     def finish_handover(self, *, wait: bool = True) -> None:
         """Let blocks that are being handed over arrive.
@@ -196,7 +191,7 @@ class LoadedModel:
             # Also where none of this expert's parts come to a device, it computes there.
             for budget in plan.budgets:
                 index = budget.device.index
-                self.make_room(index, placement.reserve_bytes[index], budget.usable_bytes, keep=part)
+                self.make_room(index, self._forward_bytes(placement, index), budget.usable_bytes, keep=part)
         parts = list(placement.homes)
         # Parts that leave a GPU go first, so that what arrives finds their room.
         parts.sort(key=lambda name: placement.homes[name] != HOST)
@@ -241,12 +236,22 @@ class LoadedModel:
         for share in self._crew.shares:
             index = share.worker.index
             share.most = plan.most_share(index)
-            own = ceil(share.most * shape.tokens)
-            # As planned where memory is short, or has been.
-            spare = 0 if self.learned_reserve_bytes.get(index) else plan.spare_bytes(index)
-            sizing = (shape.batch_size, self.experts[HIGH_NOISE].width, self.precision.dtype.itemsize)
-            share.range_tokens = affordable_range_tokens(own, spare, *sizing)
+            share.range_tokens, _ = self._ranges(index)
         return self._crew
+
+    def _ranges(self, index: int) -> tuple[int, int]:
+        """How many tokens a device works on at a time, and the bytes that takes over what is planned for."""
+        plan = self._planned()
+        own = ceil(plan.most_share(index) * plan.shape.tokens)
+        # As planned where memory is short, or has been.
+        spare = 0 if self.learned_reserve_bytes.get(index) else plan.spare_bytes(index)
+        sizing = (plan.shape.batch_size, self.experts[HIGH_NOISE].width, self.precision.dtype.itemsize)
+        tokens = affordable_range_tokens(own, spare, *sizing)
+        return tokens, wider_ranges_bytes(own, tokens, *sizing)
+
+    def _forward_bytes(self, placement: Placement, index: int) -> int:
+        """What a forward takes on a device besides weights. What waits there must leave it free."""
+        return placement.reserve_bytes.get(index, 0) + (self._ranges(index)[1] if placement.parallel else 0)
 
     def _speeds_now(self) -> dict[int, float]:
         """What is known of the workers from another size; a guess for this one."""
@@ -295,7 +300,7 @@ class LoadedModel:
             return
         index = int(home)
         budget = self._planned().budget(index)
-        self.make_room(index, placement.reserve_bytes.get(index, 0) + self.experts[part].part_bytes(name), budget.usable_bytes, keep=part)
+        self.make_room(index, self._forward_bytes(placement, index) + self.experts[part].part_bytes(name), budget.usable_bytes, keep=part)
 
     def _make_room_on_host(self, part: str, name: str) -> None:
         """Where system memory is short, the other expert's parts there are dropped; its files have them."""

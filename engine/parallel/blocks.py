@@ -73,7 +73,9 @@ class BlockLoop:
         for state in states:
             with state.worker.computing():
                 self._project(state, block, timed=timed)
-        self._exchange(states)
+        exchanged = self._exchange(states)
+        for state in states:
+            state.fetcher.go_on(exchanged)
         for state in states:
             with state.worker.computing():
                 attended = self._attend(state, timed=timed)
@@ -113,10 +115,10 @@ class BlockLoop:
         if timed:
             state.lap()
 
-    def _exchange(self, states: list[State]) -> None:
-        """Every worker pulls the others' keys and values into its copy, group by group."""
+    def _exchange(self, states: list[State]) -> list[Mark]:
+        """Every worker pulls the others' keys and values into its copy, group by group; the points at which all have arrived."""
         if len(states) == 1:
-            return
+            return []
         for reader in states:
             assert reader.exchange is not None
             reader.arrived = [[] for _ in reader.exchange.keys]
@@ -125,6 +127,7 @@ class BlockLoop:
                 for writer in states:
                     if writer is not reader:
                         self._pull(reader, writer, number)
+        return [arrived for reader in states for arrived in reader.arrived[-1]]
 
     def _pull(self, reader: State, writer: State, group: int) -> None:
         link = self._crew.link("keys", writer.worker.device, reader.worker, writer.worker)

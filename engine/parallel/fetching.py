@@ -1,10 +1,11 @@
 """A block's weights on the worker that is about to compute it, brought there one block ahead.
 
 Each worker has two buffers of a block's size. While it computes from one, the next block that does not live there is on its way into
-the other.
+the other. Where workers exchange keys and values, which somebody waits for, only the first part of a block sets out before they have
+arrived: on the same wires whole blocks would hold them up.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from .links import Link
 from .workers import Mark, Worker
 
 BUFFERS = 2
+# What of a block sets out while the keys and values of the block before are computed: one part in so many, about what that takes.
+AHEAD_SHARE = 4
 
 
 @dataclass
@@ -66,6 +69,8 @@ class Fetcher:
         self._order = sorted(remote)
         self._started = 0
         self._arriving: dict[int, tuple[int, Mark]] = {}
+        # Blocks whose first bytes have set out, and how many.
+        self._held_back: dict[int, int] = {}
         self._in_use: dict[int, int] = {}
 
     def multiply_few_bits(self, wanted: bool) -> None:
@@ -79,9 +84,12 @@ class Fetcher:
         """Start a forward: the first blocks set out."""
         self._started = 0
         self._arriving.clear()
+        self._held_back.clear()
         self._in_use.clear()
         for number in range(min(len(self._slots), len(self._order))):
             self._start(number)
+            if number == 0:
+                self.go_on(())
 
     def _start(self, slot_number: int) -> None:
         if self._started == len(self._order):
@@ -91,7 +99,8 @@ class Fetcher:
         slot, source, layout = self._slots[slot_number], self._remote[block], self._layouts[block]
         link = self._links[source.device]
         if source.flat is not None:
-            arrived = link.copy(slot.flat[: layout.total_bytes], source.flat, [slot.free])
+            first = self._held_back[block] = layout.total_bytes // AHEAD_SHARE
+            arrived = link.copy(slot.flat[:first], source.flat[:first], [slot.free])
         else:
             # Not page-locked, so each copy waits for itself; the weights of a block that system memory had no room for.
             self._worker.wait(slot.free)
@@ -100,8 +109,18 @@ class Fetcher:
             arrived = self._worker.mark()
         self._arriving[block] = (slot_number, arrived)
 
+    def go_on(self, after: Sequence[Mark]) -> None:
+        """Let the rest of the blocks that are on their way follow, after these points."""
+        for block, first in self._held_back.items():
+            slot_number, _ = self._arriving[block]
+            source, size = self._remote[block].flat, self._layouts[block].total_bytes
+            assert source is not None
+            link = self._links[source.device]
+            self._arriving[block] = (slot_number, link.copy(self._slots[slot_number].flat[first:size], source[first:size], after))
+        self._held_back.clear()
+
     def weights(self, block: int) -> Mapping[str, Any]:
-        """The block's weights; the worker's later work waits until they are there."""
+        """The block's weights, all of which are on their way; the worker's later work waits until they are there."""
         if block in self._local:
             return self._local[block]
         slot_number, arrived = self._arriving.pop(block)

@@ -14,8 +14,12 @@ from .. import probe
 from ..weights.host_memory import host_buffer
 from .workers import Mark, mark, new_stream, wait
 
+# Small copies go in chunks of so many bytes, large ones in more bytes a chunk: what queues them, and what they are queued in, has limits.
 CHUNK_BYTES = 16 * 1024**2
-CHUNKS = 3
+LARGEST_CHUNK_BYTES = 64 * 1024**2
+CHUNKS_OF_A_COPY = 12
+# Buffers on the way of a staged copy.
+RING = 3
 
 
 class Link(Protocol):
@@ -86,17 +90,19 @@ class StagedLink:
     def __init__(self, source: torch.device, target: torch.device):
         self._source = new_stream(source)
         self._target = new_stream(target)
-        self._ring = [host_buffer(CHUNK_BYTES) for _ in range(CHUNKS)]
-        self._emptied: list[Mark] = [None] * CHUNKS
+        self._ring: list[torch.Tensor] = []
+        self._emptied: list[Mark] = [None] * RING
         self._next = 0
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Iterable[Mark]) -> Mark:
         after = tuple(after)
         wait(self._source, after)
         wait(self._target, after)
-        for into, out_of in zip(_chunks(target), _chunks(source), strict=True):
+        pieces = list(zip(_chunks(target), _chunks(source), strict=True))
+        self._have_room(max(into.numel() for into, _ in pieces))
+        for into, out_of in pieces:
             slot = self._next
-            self._next = (slot + 1) % CHUNKS
+            self._next = (slot + 1) % RING
             chunk = self._ring[slot][: out_of.numel()]
             wait(self._source, [self._emptied[slot]])
             with torch.cuda.stream(self._source):
@@ -107,7 +113,20 @@ class StagedLink:
             self._emptied[slot] = mark(self._target)
         return mark(self._target)
 
+    def _have_room(self, chunk_bytes: int) -> None:
+        """Buffers for chunks of this size; larger ones are made when a larger copy comes, after what uses the smaller ones."""
+        if self._ring and self._ring[0].numel() >= chunk_bytes:
+            return
+        for stream in (self._source, self._target):
+            if stream is not None:
+                stream.synchronize()
+        size = CHUNK_BYTES if chunk_bytes <= CHUNK_BYTES else LARGEST_CHUNK_BYTES
+        self._ring = [host_buffer(size) for _ in range(RING)]
+
 
 def _chunks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The bytes of a contiguous tensor, in views of at most ``CHUNK_BYTES``."""
-    return tensor.view(-1).view(torch.uint8).split(CHUNK_BYTES)
+    """The bytes of a contiguous tensor, in views of about the same size."""
+    flat = tensor.view(-1).view(torch.uint8)
+    size = flat.numel()
+    count = max(1, -(-size // LARGEST_CHUNK_BYTES), min(CHUNKS_OF_A_COPY, -(-size // CHUNK_BYTES)))
+    return flat.split(-(-size // count)) if size else (flat,)

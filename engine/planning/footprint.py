@@ -119,8 +119,17 @@ def worker_activation_bytes(
 
 def affordable_range_tokens(own_tokens: int, spare_bytes: int, batch_size: int, width: int, element_bytes: int) -> int:
     """How many tokens a block may work on at a time where more memory is free than was planned for: larger ranges fill a GPU better."""
-    per_token = RANGE_TENSORS * FRAGMENTATION_NATIVE * batch_size * width * element_bytes
+    per_token = _range_token_bytes(batch_size, width, element_bytes)
     return min(own_tokens, range_tokens(own_tokens) + int(max(0, spare_bytes) / per_token))
+
+
+def wider_ranges_bytes(own_tokens: int, worked_on: int, batch_size: int, width: int, element_bytes: int) -> int:
+    """What working on ``worked_on`` tokens at a time takes over what is planned for."""
+    return math.ceil(max(0, worked_on - range_tokens(own_tokens)) * _range_token_bytes(batch_size, width, element_bytes))
+
+
+def _range_token_bytes(batch_size: int, width: int, element_bytes: int) -> float:
+    return RANGE_TENSORS * FRAGMENTATION_NATIVE * batch_size * width * element_bytes
 
 
 def vae_bytes(shape: VideoShape, *, decode: bool, element_bytes: int, tiled: bool, fragmentation: float = FRAGMENTATION) -> int:

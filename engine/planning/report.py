@@ -65,9 +65,10 @@ def _device_line(budget: Budget, placements: list[Placement], measured: Mapping[
     index = budget.device.index
     peak = max(placement.predicted_peak_bytes(index) for placement in placements)
     limit = f"automatic limit {gib(budget.limit_bytes)}" if budget.automatic else f"slider {gib(budget.limit_bytes)}"
-    words = f"{budget.device.label}: {gib(peak)} expected at most, {limit}"
+    words = f"{budget.device.label}: {gib(peak)} for the expert at work, {limit}"
     if measured and index in measured and budget.device.is_gpu:
-        words += f", measured {gib(measured[index])}"
+        # What is spare holds the waiting expert, and before and after the blocks the text encoder and the VAE.
+        words += f", measured {gib(measured[index])} over the whole run"
     return words
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers_reference import load_pipeline, reference_frames
+from engine_bench import Bench, benches
 from wan_sharded.engine import ImageToVideoRequest
 
 SIZE = {"width": 64, "height": 48, "num_frames": 5, "num_inference_steps": 3}
@@ -82,3 +83,12 @@ def diffusers_frames() -> Callable[..., torch.Tensor]:
         return known[key][1]
 
     return make
+
+
+@pytest.fixture
+def bench(
+    checkpoint: Path, make_request: Callable[..., ImageToVideoRequest], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Bench]]:
+    """``bench(2)``: an engine on two imagined GPUs, for a test file's own ``checkpoint``."""
+    with benches(checkpoint, make_request, monkeypatch) as make:
+        yield make

@@ -8,78 +8,23 @@ import gc
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers_reference import HostVae
-from imagined_gpus import ImaginedGpus
-from imagined_machine import TinyExpert, gpu, imagined_machine
-from wan_sharded.engine import Callbacks, ImageToVideoRequest, ModelHandle, VideoResult, open_model
+from engine_bench import MIB, SMALL_CHANGE, Bench, sliders
+from imagined_machine import TinyExpert, imagined_machine
 from wan_sharded.engine import loaded as loaded_module
-from wan_sharded.engine.checkpoints.stored import StoredTensor
-from wan_sharded.engine.errors import CheckpointError, PlacementError
-from wan_sharded.engine.handover import Handover
+from wan_sharded.engine import open_model
+from wan_sharded.engine.errors import PlacementError
 from wan_sharded.engine.owner import ModelOwner
-from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
 from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES
-from wan_sharded.engine.planning.devices import GIB, Machine
+from wan_sharded.engine.planning.devices import GIB
 from wan_sharded.engine.planning.placement import HOST
 from wan_sharded.engine.weights.expert import CPU, NOWHERE
-from wan_sharded.engine.weights.reading import TensorReader
 
-MIB = 1024**2
-# Activations, embeddings and the VAE of 64x48x5, generously.
-SMALL_CHANGE = int(3.5 * MIB)
 EXPERTS = ("transformer", "transformer_2")
-
-
-class Bench:
-    """An engine on imagined GPUs, with what the tests look at.
-
-    Attributes:
-        read: names of the tensors read from files since :meth:`forget`.
-        loaded: parts said to be loaded since then.
-    """
-
-    def __init__(self, gpus: ImaginedGpus, count: int, checkpoint: Path, make_request: Callable[..., ImageToVideoRequest]):
-        self.gpus, self.count, self.make_request = gpus, count, make_request
-        self.owner = ModelOwner()
-        self.free_gib: dict[int, float] = {}
-        self.engine = ImageToVideo(self.owner, self.machine)
-        self.vae = HostVae(checkpoint)
-        self.read: list[str] = []
-        self.loaded: list[str] = []
-
-    def machine(self) -> Machine:
-        """The GPUs as they are now: what lives there is not free."""
-        devices = (gpu(i, 64, self.free_gib.get(i, 64) - self.gpus.live_bytes(i) / GIB) for i in range(self.count))
-        return Machine(tuple(devices), 64 * GIB)
-
-    def run(self, handle: ModelHandle, **changes: object) -> VideoResult:
-        quick = {"prompt_embeds": torch.ones(1, 3, 32), "guidance_scale": 1.0, "num_inference_steps": 2, "switch_step": 1}
-        callbacks = Callbacks(on_load=lambda done, total, what: self.loaded.append(what) if done < total else None)
-        result = self.engine(handle, self.make_request(**{**quick, **changes}), callbacks, vae=self.vae)
-        gc.collect()
-        return result
-
-    def forget(self) -> None:
-        self.read.clear()
-        self.loaded.clear()
-        self.gpus.reset_peaks()
-
-    def locations(self, part: str) -> set[torch.device]:
-        """Where the blocks of an expert are."""
-        model = self.owner.loaded
-        assert model is not None
-        expert = model.experts[part]
-        return {expert.location(name) for name in expert.parts if name.startswith("blocks.")}
-
-    def homes(self) -> set:
-        model = self.owner.loaded
-        assert model is not None and model.plan is not None
-        return {home for p in model.plan.placements.values() for name, home in p.homes.items() if p.sizes[name]}
 
 
 @pytest.fixture
@@ -89,42 +34,8 @@ def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def bench(
-    checkpoint: Path, make_request: Callable[..., ImageToVideoRequest], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Bench]]:
-    benches: list[Bench] = []
-    mapped, read_into = TensorReader.mapped, TensorReader.read_into
-
-    def watched_mapped(reader: TensorReader, stored: StoredTensor) -> torch.Tensor:
-        benches[-1].read.append(stored.key)
-        return mapped(reader, stored)
-
-    def watched_read(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]]) -> None:
-        benches[-1].read.extend(stored.key for stored, target in wanted if target.device == CPU)
-        read_into(reader, wanted)
-
-    monkeypatch.setattr(TensorReader, "mapped", watched_mapped)  # imagined GPUs are given pages of the file
-    monkeypatch.setattr(TensorReader, "read_into", watched_read)
-
-    def make(count: int = 1, capacity: dict[int, int] | None = None) -> Bench:
-        gpus.capacity.update(capacity or {})
-        benches.append(Bench(gpus, count, checkpoint, make_request))
-        return benches[-1]
-
-    with ImaginedGpus() as gpus:
-        yield make
-        for one in benches:
-            one.owner.release()
-
-
-@pytest.fixture
 def expert(checkpoint: Path) -> TinyExpert:
     return TinyExpert(checkpoint)
-
-
-def sliders(expert: TinyExpert, make_request: Callable[..., ImageToVideoRequest], *experts: float) -> dict[int, float]:
-    """Sliders that leave room for so many experts' weights on each GPU, with the block that accelerate keeps free."""
-    return expert.sliders(make_request().shape, [share * expert.total_bytes + expert.block_bytes for share in experts])
 
 
 def free_gib(slider_gib: float) -> float:
@@ -433,120 +344,6 @@ def test_what_cannot_be_helped_is_raised_and_everything_let_go(bench: Callable[.
     assert torch.isfinite(one.run(handle).frames).all()
 
 
-# ---- from one expert to the next
-
-
-@pytest.fixture
-def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The blocks that each switch moved behind the last forward before it."""
-    found: list[list[int]] = []
-    finish = Handover.finish
-
-    def watched(handover: Handover, **options: bool) -> None:
-        finish(handover, **options)
-        found.append(list(handover.moved))
-
-    monkeypatch.setattr(Handover, "finish", watched)
-    return found
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("weight_dtype", ["fp32", "bf16", "int8"])
-def test_blocks_take_each_others_place_behind_the_last_forward(
-    bench: Callable[..., Bench],
-    checkpoint: Path,
-    make_request,
-    handed_over: list[list[int]],
-    weight_dtype: str,
-    count: int,
-    guidance_scale: float,
-) -> None:
-    """What the file holds as it is kept from the first run on; what was converted once both experts have been."""
-    expert = TinyExpert(checkpoint, weight_dtype)
-    one = bench(count)
-    rooms = sliders(expert, make_request, *[1.3 / count] * count)
-    handle = open_model(checkpoint, weight_dtype=weight_dtype, execution="parallel", max_memory_gib=rooms)
-    runs = []
-    for run in range(2):
-        one.forget()
-        runs.append(one.run(handle, guidance_scale=guidance_scale))
-        if run or weight_dtype == "fp32":
-            placements = one.owner.loaded.plan.placements
-            swapped = [number for number in range(8) if placements["transformer"].homes[f"blocks.{number}"] != HOST]
-            assert handed_over[-1] and set(handed_over[-1]) <= set(swapped)
-        else:
-            assert handed_over == []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loaded_module.LoadedModel, "hand_over_behind", lambda *args: None)
-        other = bench(count)
-        for run in range(2):
-            other.forget()
-            plain = other.run(handle, guidance_scale=guidance_scale)
-            assert torch.equal(plain.frames, runs[run].frames)
-            for index in range(count):
-                assert one.gpus.peak[index] <= other.gpus.peak[index] + SMALL_CHANGE
-
-
-def test_a_handover_in_a_forward_that_runs_out_of_memory(
-    bench: Callable[..., Bench], checkpoint: Path, make_request, handed_over: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The blocks that left come back, and the forward is repeated."""
-    expert = TinyExpert(checkpoint, "fp32")
-    one = bench()
-    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", max_memory_gib=sliders(expert, make_request, 1.3))
-    expected = one.run(handle).frames
-    block_done, failed = Handover.block_done, []
-
-    def out_of_memory(handover: Handover, number: int, marks: list) -> None:
-        block_done(handover, number, marks)
-        if number == 4 and not failed:
-            failed.append(number)
-            raise torch.OutOfMemoryError("GPU 0 ran out, it is imagined")
-
-    monkeypatch.setattr(Handover, "block_done", out_of_memory)
-    handed_over.clear()
-    result = one.run(handle)
-    assert failed and handed_over[0] == [0, 1, 2, 3, 4] and len(handed_over[1]) > 0
-    assert any("the step was repeated" in note for note in result.notes)
-    assert torch.equal(result.frames, expected)
-
-
-def test_a_run_that_is_cancelled_in_a_handover(
-    bench: Callable[..., Bench], checkpoint: Path, make_request, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expert = TinyExpert(checkpoint, "fp32")
-    one = bench()
-    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", max_memory_gib=sliders(expert, make_request, 1.3))
-    expected = one.run(handle).frames
-    with monkeypatch.context() as patch:
-
-        def cancel(handover: Handover, number: int, marks: list) -> None:
-            raise KeyboardInterrupt
-
-        patch.setattr(Handover, "block_done", cancel)
-        with pytest.raises(KeyboardInterrupt):
-            one.run(handle)
-    assert torch.equal(one.run(handle).frames, expected)
-
-
-def test_a_file_that_is_gone_stops_the_run_at_the_switch(
-    bench: Callable[..., Bench], checkpoint: Path, make_request, tmp_path: Path, handed_over: list[list[int]]
-) -> None:
-    folder = shutil.copytree(checkpoint, tmp_path / "model")
-    expert = TinyExpert(checkpoint, "fp32")
-    one = bench()
-    handle = open_model(folder, weight_dtype="fp32", execution="parallel", max_memory_gib=sliders(expert, make_request, 1.3))
-    (weights,) = (folder / "transformer_2").glob("*.safetensors")
-    kept = weights.rename(tmp_path / "kept")
-    with pytest.raises(CheckpointError, match="could not be read"):
-        one.run(handle)
-    assert handed_over[-1] == []
-    kept.rename(weights)
-    whole = bench().run(open_model(checkpoint, weight_dtype="fp32"))
-    assert torch.equal(one.run(handle).frames, whole.frames)
-
-
 # ---- messages of plans
 
 
@@ -586,3 +383,19 @@ def test_a_dry_plan_changes_nothing(bench: Callable[..., Bench], checkpoint: Pat
     assert one.gpus.live_bytes(0) == before
     one.run(handle)
     assert one.read == []
+
+
+def test_thirty_prompts_of_changing_sizes_hold_no_more(
+    bench: Callable[..., Bench], checkpoint: Path, expert: TinyExpert, make_request
+) -> None:
+    """Neither on the GPUs nor, counted in tensors, in system memory."""
+    one = bench(2)
+    handle = open_model(checkpoint, execution="parallel", max_memory_gib=sliders(expert, make_request, 0.8, 0.8))
+    sizes = ({"width": 64, "height": 48}, {"width": 32, "height": 64}, {"width": 48, "height": 48, "num_frames": 9})
+    held = []
+    for number in range(30):
+        one.run(handle, seed=number, **sizes[number % 3])
+        if number % 3 == 2:
+            tensors = sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+            held.append((tensors, *(one.gpus.live_bytes(index) for index in range(2))))
+    assert len(set(held[2:])) == 1, held

@@ -7,6 +7,8 @@ import torch
 from wan_sharded.engine import OWNER, calibrate, probe
 from wan_sharded.engine.parallel.measure import GPU_SHAPE, NEEDED_BYTES, measure_block
 
+KEPT_BY_LIBRARIES = 80 * 2**20
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -21,7 +23,8 @@ def test_a_block_within_its_memory(index: int) -> None:
     assert (speed.tokens, speed.width) == (GPU_SHAPE.tokens, 5120)
     assert torch.cuda.max_memory_reserved(device.torch_device) <= NEEDED_BYTES
     gc.collect()
-    assert torch.cuda.memory_allocated(device.torch_device) <= before
+    # The block and its tokens are gone; what cuBLAS keeps for itself at its first product (tens of MiB) is not ours.
+    assert torch.cuda.memory_allocated(device.torch_device) <= before + KEPT_BY_LIBRARIES
     # A block is no faster than its matrix products, and no more than ten times slower.
     assert device.speed_tflops is not None and 0.1 * device.speed_tflops < speed.tflops < 1.2 * device.speed_tflops
     again = measure_block(device)

@@ -1,7 +1,7 @@
 """Blocks that live on another device than the worker: fetched through two buffers each, on imagined GPUs that count every byte."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,9 +10,11 @@ import torch
 from crews import CPU, F32, crew_of, expert_of, inputs, on_cpu, poison, relative
 from imagined_gpus import ImaginedGpus
 from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, LOW_NOISE
+from wan_sharded.engine.parallel.crew import Crew
 from wan_sharded.engine.parallel.forward import ParallelForward
 from wan_sharded.engine.parallel.functions import BlockFunctions
-from wan_sharded.engine.parallel.workers import Worker
+from wan_sharded.engine.parallel.links import Link
+from wan_sharded.engine.parallel.workers import Mark, Worker
 from wan_sharded.engine.weights.expert import Expert
 from wan_sharded.engine.weights.precision import Precision
 
@@ -139,6 +141,41 @@ def test_both_experts_share_the_buffers(gpus: ImaginedGpus, small: Path) -> None
     assert relative(*expected) > 0.1, "the experts differ"
     for forward, wanted in ((first, expected[0]), (second, expected[1]), (first, expected[0])):  # taking turns
         assert relative(forward(**given(), return_dict=False)[0], wanted) < 1e-5
+
+
+# ---- keys and values go first
+
+
+def test_most_of_a_block_sets_out_behind_the_keys_and_values(gpus: ImaginedGpus, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, int]] = []
+    link_of = Crew.link
+
+    class Told:
+        def __init__(self, purpose: str, reader: Worker, link: Link):
+            self.purpose, self.reader, self.link = purpose, reader, link
+
+        def copy(self, target: torch.Tensor, source: torch.Tensor, after: Iterable[Mark]) -> Mark:
+            after = tuple(after)
+            asked.append((f"{self.purpose} of {self.reader.index}", target.nbytes, len(after)))
+            return self.link.copy(target, source, after)
+
+    def told(crew: Crew, purpose: str, source: torch.device, reader: Worker, writer: Worker | None = None) -> Told:
+        return Told(purpose, reader, link_of(crew, purpose, source, reader, writer))
+
+    monkeypatch.setattr(Crew, "link", told)
+    expert = place(expert_of(checkpoint), [LAZY[0], PACKED], LAZY[0])
+    forward = forward_of(expert, LAZY)
+    forward(**given(), return_dict=False)
+    for worker, blocks in ((0, 4), (1, 8)):  # one GPU fetches what is on the host, the other all
+        weights = [(number, size, after) for number, (what, size, after) in enumerate(asked) if what == f"weights of {worker}"]
+        firsts, rests = weights[::2], weights[1::2]
+        assert len(firsts) == len(rests) == blocks
+        assert {3 * size for _, size, _ in firsts} == {size for _, size, _ in rests}
+        # The first block of all is waited for by everybody; of the others the rest waits for what both pulled.
+        assert rests[0][0] == firsts[0][0] + 1
+        for (first, _, _), (rest, _, after) in zip(firsts[1:], rests[1:], strict=True):
+            between = {what for what, _, _ in asked[first:rest]}
+            assert {"keys of 0", "keys of 1"} <= between and after == 2
 
 
 # ---- what goes wrong in the middle

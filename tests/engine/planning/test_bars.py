@@ -126,7 +126,7 @@ def test_what_the_page_gets(wan_14b: WanTransformer3DModel, precision: Precision
         {HIGH: placed(wan_14b, precision, {0: 15, 1: 11})}, MODEL_CASE, P480, host_weight_bytes=GIB, own_vae=True, measured={0: GIB}
     )
     first, second, host = as_json(bars)
-    assert first["total_gib"] == 16 and first["limit_gib"] == 14.9 and first["taken_gib"] == 1.1 and first["measured_gib"] == 1
+    assert first["total_gib"] == 16 and first["limit_gib"] == 15 and first["taken_gib"] == 1 and first["measured_gib"] == 1
     assert second["measured_gib"] is None and second["left_out"] is False
     assert host["label"] == "system memory"
-    assert first["parts"][0] == {"kind": CONTEXT, "gib": 0.9, "waiting": False}
+    assert first["parts"][0] == {"kind": CONTEXT, "gib": 1.0, "waiting": False}
