@@ -5,13 +5,15 @@ Run it after a change of the node contract, in the environment of `make test`:
     .venv/bin/python scripts/make_example_workflows.py
 
 Writes, for each example, ``example_workflows/<name>.json`` (what the user opens), ``<name>.jpg`` (its picture in the
-template browser) and ``api/<name>.json`` (the same for the API queue). The oldest supported frontend should write them:
-newer ones read what it wrote, not the other way round. The server sees no GPU, so that no GPU's name gets into the files.
+template browser) and ``api/<name>.json`` (the same for the API queue); and ``subgraphs/<name>.json``, the blueprints in ComfyUI's node
+library. The oldest supported frontend should write them: newer ones read what it wrote, not the other way round. The server sees no
+GPU, so that no GPU's name gets into the files.
 """
 
 import argparse
 import io
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from playwright.sync_api import Page
 from setup_env import ROOT
 
 FOLDER = ROOT / "example_workflows"
+BLUEPRINTS = ROOT / "subgraphs"
 MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
 # Files of ComfyUI's own Wan 2.2 template: folder in models -> names -> repository; and where in a repository each folder is.
 _WAN21, _WAN22 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
@@ -257,6 +260,32 @@ BUILD = """async ([workflowId, nodes]) => {
     return JSON.stringify({ workflow, output });  // drops what is undefined, as saving does
 }"""
 
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Nodes of an example that become one, and their widgets that it shows, as ``(node, widget)``."""
+
+    example: str
+    nodes: tuple[str, ...]
+    widgets: tuple[tuple[str, str], ...]
+
+
+_SHOWN = tuple(("sampler", name) for name in ("positive", "width", "height", "length", "steps", "seed"))
+_FILES = tuple(("loader", name) for name in ("high_noise_model", "low_noise_model"))
+BLUEPRINT_NODES = {
+    "Wan I2V on all GPUs": Blueprint("wan_i2v", ("loader", "sampler"), (("loader", "model"), *_SHOWN)),
+    "Wan I2V in 4 steps on all GPUs": Blueprint("wan_i2v_lightx2v_4steps", ("loader", "lora", "sampler"), (*_FILES, *_SHOWN)),
+}
+# Nodes are found by their place in the example, which gave them their ids.
+COLLAPSE = """([title, ids, widgets]) => {
+    const items = new Set(ids.map((id) => app.graph.getNodeById(id)));
+    const { node } = app.graph.convertToSubgraph(items);
+    node.title = node.subgraph.name = title;
+    node.properties.proxyWidgets = widgets.map(([id, name]) => [String(id), name]);
+    node.setSize([420, node.computeSize()[1]]);
+    app.canvas.selectItems([node]);
+}"""
+
 # Boxes in screen pixels, titles included, around everything on the canvas.
 BOUNDS = """() => {
     const { scale, offset } = app.canvas.ds;
@@ -301,6 +330,28 @@ def write_examples(page: Page, negative: str) -> None:
         print(f"{name}: {len(saved['workflow']['nodes'])} nodes")
 
 
+def write_blueprints(tab: ComfyPage, user_folder: Path, negative: str) -> None:
+    """Have the page publish each blueprint, as its menu does, and keep the files, with the same ids at each run."""
+    BLUEPRINTS.mkdir(exist_ok=True)
+    for number, (title, blueprint) in enumerate(BLUEPRINT_NODES.items(), start=1):
+        nodes = examples(negative)[blueprint.example]
+        ids = {name: place for place, name in enumerate(nodes, start=1)}
+        tab.page.evaluate(BUILD, [f"00000000-0000-4000-9000-{number:012d}", {key: node.described() for key, node in nodes.items()}])
+        widgets = [(ids[node], widget) for node, widget in blueprint.widgets]
+        tab.page.evaluate(COLLAPSE, [title, [ids[name] for name in blueprint.nodes], widgets])
+        tab.page.evaluate("() => { app.extensionManager.command.execute('Comfy.PublishSubgraph'); }")
+        name = tab.page.locator(".p-dialog input").first
+        name.fill(title)
+        name.press("Enter")
+        tab.page.wait_for_timeout(3000)  # the page saves it on the server
+        published = json.loads((user_folder / "subgraphs" / f"{title}.json").read_text(encoding="utf-8"))
+        text = as_json(published)
+        for place, uuid in enumerate(dict.fromkeys(re.findall(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", text))):
+            text = text.replace(uuid, f"00000000-0000-4000-a000-{number:08d}{place:04d}")
+        (BLUEPRINTS / f"{title}.json").write_text(text, encoding="utf-8")
+        print(f"{title}: {len(blueprint.nodes)} nodes, {len(blueprint.widgets)} widgets")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--browser", help="the Chromium to use")
@@ -317,7 +368,9 @@ def main() -> None:
             tab = ComfyPage(browser, server.url, settings=SETTINGS)
             tab.open()
             sampler = server.object_info("WanShardedI2VSampler")["WanShardedI2VSampler"]
-            write_examples(tab.page, sampler["input"]["required"]["negative"][1]["default"])
+            negative = sampler["input"]["required"]["negative"][1]["default"]
+            write_examples(tab.page, negative)
+            write_blueprints(tab, Path(base, "user", "default"), negative)
 
 
 if __name__ == "__main__":

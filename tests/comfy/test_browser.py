@@ -60,6 +60,24 @@ SHOWN = """([id, nodes_2]) => {
     if (!nodes_2) media.push(...(node.imgs ?? []));
     return media.map((each) => [each.tagName, each.naturalWidth ?? each.videoWidth, each.naturalHeight ?? each.videoHeight]);
 }"""
+# The example's photo into the one node on the canvas, and what comes out into an export.
+AROUND_BLUEPRINT = """(values) => {
+    const [blueprint] = app.graph._nodes;
+    const add = (type, x) => {
+        const node = LiteGraph.createNode(type);
+        node.pos = [x, 0];
+        app.graph.add(node);
+        return node;
+    };
+    const photo = add("LoadImage", -400), exported = add("WanShardedVideoExport", 600);
+    photo.widgets[0].value = "wan_sharded_example.jpg";
+    blueprint.pos = [0, 0];
+    photo.connect(0, blueprint, blueprint.findInputSlot("image"));
+    blueprint.connect(blueprint.findOutputSlot("frames"), exported, exported.findInputSlot("images"));
+    for (const [name, value] of Object.entries(values)) blueprint.widgets.find((w) => w.name.endsWith(name)).value = value;
+    Object.assign(app.canvas.ds, { scale: 0.7, offset: [500, 250] });
+    app.canvas.setDirty(true, true);
+}"""
 DROP = """async (name) => {
     const answer = await app.api.fetchApi(`/view?type=output&filename=${name}`);
     const dataTransfer = new DataTransfer();
@@ -222,6 +240,33 @@ def test_templates_open_and_two_clips_become_one_video(look: Look, open_page: Ca
     page.screenshot(f"{look}-long")
     assert page.page.evaluate("() => window.seen.end[0]") == "execution_success"
     assert page.page.evaluate("() => document.querySelector('video').duration") == pytest.approx(33 / 16, abs=0.05)
+
+
+def test_a_blueprint_from_the_node_library_makes_a_video(look: Look, open_page: Callable[..., Any]):
+    page = open_page(gpus=2)
+    page.open()
+    page.load({"nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0, "version": 0.4})
+    page.page.keyboard.press("n")
+    page.page.get_by_text("Subgraph Blueprints" if look.frontend == "bundled" else "Comfy Blueprints").first.click()
+    page.page.get_by_text("Wan I2V in 4 steps on all GPUs").first.wait_for(timeout=20_000)
+    page.page.get_by_text("Wan I2V on all GPUs").first.click()
+    if look.frontend != "bundled":  # newer ones carry it under the pointer until it is put somewhere
+        page.page.mouse.click(1000, 600, delay=50)
+    page.page.wait_for_function("() => app.graph._nodes.length === 1", timeout=20_000)
+    page.page.keyboard.press("n")
+    page.page.evaluate(
+        AROUND_BLUEPRINT, {"model": TINY_MODEL, "width": 128, "height": 96, "length": 17, "steps": 4, "seed": 300 + LOOKS.index(look)}
+    )
+    assert shown_sliders(page) == ["GPU 0 · RTX 5060 Ti 16 GB", "GPU 1 · RTX 3060 12 GB"], "inside"
+    watch_progress(page)
+    page.page.get_by_role("button", name="Run", exact=True).click()
+    page.page.wait_for_function("() => window.seen.end", timeout=120_000)
+    ended, detail = page.page.evaluate("() => window.seen.end")
+    assert ended == "execution_success", detail
+    page.page.wait_for_function("() => [...document.querySelectorAll('video')].some((video) => video.readyState >= 2)", timeout=30_000)
+    page.screenshot(f"{look}-blueprint")
+    assert page.page.evaluate("() => { const v = document.querySelector('video'); return [v.videoWidth, v.videoHeight]; }") == [128, 96]
+    assert "CPU" in page.text(LOADER) and page.text(SAMPLER).strip()
 
 
 def test_a_file_survives_machines_with_other_gpus(look: Look, open_page: Callable[..., Any]):

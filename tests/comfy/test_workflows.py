@@ -325,3 +325,22 @@ def test_help_pages_are_served(comfy_server: ComfyServer, node_id: str):
     specs = input_specs(comfy_server.object_info(node_id)[node_id])
     missing = [name for name in specs if not name.startswith("gpu") and f"`{name}`" not in page]
     assert missing == [], f"{node_id}.md does not explain {missing}"
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER.parent / "subgraphs").glob("*.json")), ids=lambda path: path.stem)
+def test_blueprints_fit_the_nodes(comfy_server: ComfyServer, path: Path):
+    """Every widget's value, and every widget that the outer node shows. Run in a browser by test_browser.py."""
+    listed = comfy_server.request("/global_subgraphs").values()
+    assert path.stem in {entry["name"] for entry in listed if entry["info"]["node_pack"].endswith(PACK_NAME)}
+    blueprint = json.loads(path.read_text(encoding="utf-8"))
+    (outer,) = blueprint["nodes"]
+    (inner,) = blueprint["definitions"]["subgraphs"]
+    assert outer["type"] == inner["id"] and outer["title"] == inner["name"] == path.stem
+    assert [(i["name"], i["type"]) for i in outer["inputs"]] == [("image", "IMAGE")]
+    assert [(o["name"], o["type"]) for o in outer["outputs"]] == [("frames", "IMAGE")]
+    values = {}
+    for node in inner["nodes"]:
+        info = comfy_server.object_info(node["type"])[node["type"]]
+        values[str(node["id"])] = widget_values(node, info)
+    for node_id, widget in outer["properties"]["proxyWidgets"]:
+        assert widget in values[node_id]
