@@ -155,7 +155,7 @@ def sharded_row(
         row.rel_err = relative(outputs, reference)
         shares = "/".join(str(t.tokens) for t in forward.timings)
         busy = "/".join(f"{t.seconds * 1e3:.1f}" for t in forward.timings)
-        chosen = "" if multiply_few_bits is not None else f"few bits multiplied: {crew.shares[0].multiply_few_bits}; "
+        chosen = "" if multiply_few_bits is not None else f"few bits multiplied: {crew.shares[0].multiplies_few_bits(expert.name)}; "
         row.note = f"{chosen}{'compiled' if functions.compiled else 'eager'}; first {first:.1f} s; queued in {queued:.2f} s; tokens {shares}, busy {busy} ms a block"
         if functions.failure:
             row.note += f"; compiling failed: {functions.failure[:150]}"

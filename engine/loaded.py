@@ -281,10 +281,11 @@ class LoadedModel:
 
     def few_bits_notes(self) -> list[str]:
         """Which GPUs rounded more than the weights, in a sentence."""
-        shares = [] if self._crew is None else [share for share in self._crew.shares if share.multiply_few_bits]
-        names = " and ".join(self._planned().budget(share.worker.index).device.label for share in shares)
+        names = [expert.name for expert in self.experts.values()]
+        shares = [] if self._crew is None else [s for s in self._crew.shares if any(map(s.multiplies_few_bits, names))]
+        gpus = " and ".join(self._planned().budget(share.worker.index).device.label for share in shares)
         return (
-            [f"{names} multiplied the weights in few bits as they are: measured to be faster, and near enough to widening them."]
+            [f"{gpus} multiplied the weights in few bits as they are: measured to be faster, and near enough to widening them."]
             if shares
             else []
         )

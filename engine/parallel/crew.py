@@ -42,8 +42,9 @@ class Share:
         speed: in any unit, relative to the others'.
         most: the largest fraction of the tokens its memory was planned for.
         range_tokens: how many tokens it works on at a time; 0 = as the memory plan has it.
-        multiply_few_bits: whether it multiplies int8 or float8 weights as they are, rounding activations too; ``None`` = to be decided
-            by measuring.
+        multiply_few_bits: whether it multiplies int8 or float8 weights as they are, rounding activations too; ``None`` = decided by
+            measuring, for each expert.
+        measured_few_bits: an expert's name -> what was decided.
     """
 
     worker: Worker
@@ -51,6 +52,11 @@ class Share:
     most: float = 1.0
     range_tokens: int = 0
     multiply_few_bits: bool | None = None
+    measured_few_bits: dict[str, bool] = field(default_factory=dict)
+
+    def multiplies_few_bits(self, expert: str) -> bool:
+        """Whether it multiplies this expert's weights of few bits as they are."""
+        return self.measured_few_bits.get(expert, False) if self.multiply_few_bits is None else self.multiply_few_bits
 
 
 @dataclass

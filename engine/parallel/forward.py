@@ -77,6 +77,7 @@ class ParallelForward:
         self.timings: list[Timing] = []
         self._timed: list[Worker] = []
         self._last: list[State] = []
+        self._few_bits_settled = False
 
     def _fetcher(self, worker: Worker) -> Fetcher:
         expert, crew = self._expert, self._crew
@@ -92,7 +93,7 @@ class ParallelForward:
         largest = max((layout.total_bytes for layout in layouts.values()), default=0)
         slots = crew.slots(worker, largest) if remote else []
         fetcher = Fetcher(worker, local, remote, layouts, slots, lambda source: crew.link("weights", source, worker))
-        fetcher.multiply_few_bits(any(share.multiply_few_bits for share in crew.shares if share.worker is worker))
+        fetcher.multiply_few_bits(any(share.multiplies_few_bits(expert.name) for share in crew.shares if share.worker is worker))
         return fetcher
 
     def forget(self, block: int) -> None:
@@ -141,6 +142,7 @@ class ParallelForward:
             self._calibrate(given)
         else:
             self._consider_compiling()  # the run before this one may have been too short for it
+        self._consider_few_bits(given)
         states = self._ends.hand_out(given)
         watcher, self.watcher = self.watcher, None
         timed = range(1, self._block_count, TIMED_EVERY)
@@ -158,10 +160,6 @@ class ParallelForward:
         self._time_blocks(given)
         if self._consider_compiling() or self._functions.compiled:
             self._time_blocks(given)
-        able = [share for share in self._crew.shares if self._may_multiply_few_bits(share)]
-        # Not compiled, rounding the activations takes longer than it saves, and memory that is not planned for.
-        if able and self._functions.compiled and self._pays_to_compile():
-            self._decide_on_few_bits(able, given)
 
     def _consider_compiling(self) -> bool:
         """Compile from here on if that pays by what was timed; whether it is so now."""
@@ -196,8 +194,23 @@ class ParallelForward:
 
     # ---- weights in few bits
 
+    def _consider_few_bits(self, given: list[torch.Tensor | None]) -> None:
+        """Decide for this expert, once it has been timed.
+
+        Not compiled, rounding the activations takes longer than it saves, and memory that is not planned for.
+        """
+        if self._few_bits_settled or not self.timings or not self._functions.compiled:
+            return
+        able = [share for share in self._crew.shares if self._may_multiply_few_bits(share)]
+        if able and not self._pays_to_compile():
+            return
+        self._few_bits_settled = True
+        if able:
+            self._decide_on_few_bits(able, given)
+
     def _may_multiply_few_bits(self, share: Share) -> bool:
-        if share.multiply_few_bits is not None or self._expert.precision.dtype != torch.bfloat16:
+        decided = share.multiply_few_bits is not None or self._expert.name in share.measured_few_bits
+        if decided or self._expert.precision.dtype != torch.bfloat16:
             return False
         dtypes = {tensor.dtype for name, tensor in self._expert.block_weights("blocks.0").items() if name.endswith(".weight")}
         return any(dtype in FEW_BITS_ERROR and probe.multiplies_few_bits(share.worker.device, dtype) for dtype in dtypes)
@@ -230,7 +243,7 @@ class ParallelForward:
     def _set_few_bits(self, shares: Sequence[Share], wanted: bool) -> None:
         for share, fetcher in zip(self._crew.shares, self._fetchers, strict=True):
             if any(share is one for one in shares):
-                share.multiply_few_bits = wanted
+                share.measured_few_bits[self._expert.name] = wanted
                 fetcher.multiply_few_bits(wanted)
 
     def _learn_from_last(self) -> None:

@@ -39,7 +39,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     def told(self: ParallelForward, given: list) -> tuple:
         states, added = first_blocks(self, given)
         for state in states:
-            state.timed = Told([shares[state.worker.index] if state.share.multiply_few_bits else 1.0])
+            state.timed = Told([shares[state.worker.index] if state.share.multiplies_few_bits(self._expert.name) else 1.0])
         return states, added
 
     monkeypatch.setattr(ParallelForward, "_first_blocks", told)
@@ -71,7 +71,12 @@ def run(expert: Expert, *, compiled: bool = True, fixed: bool | None = None) -> 
     forward = ParallelForward(expert, crew, functions, forwards_left=lambda: 10**9)
     with torch.inference_mode():
         output = forward(**given(), return_dict=False)[0]
-    return [share.multiply_few_bits for share in crew.shares], output, forward
+    return decided(forward), output, forward
+
+
+def decided(forward: ParallelForward) -> list[bool | None]:
+    """What was measured for each worker with this forward's expert."""
+    return [share.measured_few_bits.get(forward._expert.name) for share in forward._crew.shares]
 
 
 def test_faster_and_near_enough(able: set[int], saved: dict[int, float], expert: Callable[[Precision], Expert]) -> None:
@@ -111,6 +116,26 @@ def test_what_is_too_far_off_is_widened(
     assert torch.equal(output, run(expert(INT8), fixed=False)[1])
 
 
+def test_each_expert_by_its_own_weights(able: set[int], saved: dict[int, float], expert: Callable[[Precision], Expert]) -> None:
+    """Files of the two experts may hold different types; what the first one has says nothing of the second."""
+    plain, few_bits = expert(BF16), expert(INT8)
+    few_bits.name = "low noise expert"
+    _, _, first = run(plain)
+    second = ParallelForward(few_bits, first._crew, first._functions, forwards_left=lambda: 10**9)
+    with torch.inference_mode():
+        widened = second(**given(), return_dict=False)[0]
+        assert decided(second) == [None, None], "not before it has been timed"
+        multiplied = second(**given(), return_dict=False)[0]
+    assert (decided(first), decided(second)) == ([None, None], [True, True])
+    assert 1e-3 < relative(multiplied, widened) < 0.1
+    saved.update({0: 2.0, 1: 2.0})
+    later = ParallelForward(few_bits, first._crew, first._functions, forwards_left=lambda: 10**9)
+    with torch.inference_mode():
+        assert relative(later(**given(), return_dict=False)[0], multiplied) < 0.02
+        later(**given(), return_dict=False)
+    assert decided(later) == [True, True], "and so it stays when it comes back"
+
+
 @pytest.mark.parametrize(
     ("precision", "compiled"),
     [(BF16, True), (INT8, False), (Precision(torch.float32, torch.int8), True)],
@@ -143,7 +168,7 @@ def test_what_was_decided_is_said(make_checkpoint: Callable[..., Path], make_req
     handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel")
     assert not any("few bits" in note for note in engine(handle, request, vae=HostVae(checkpoint)).notes)
     assert owner.loaded is not None and owner.loaded._crew is not None
-    owner.loaded._crew.shares[1].multiply_few_bits = True
+    owner.loaded._crew.shares[1].measured_few_bits["low noise expert"] = True
     notes = [note for note in engine(handle, request, vae=HostVae(checkpoint)).notes if "few bits" in note]
     assert len(notes) == 1 and notes[0].startswith("GPU 1 · Imagined") and "GPU 0" not in notes[0]
     owner.release()
