@@ -6,7 +6,6 @@ Made and kept by the owner of loaded models; the pipeline asks it for an expert,
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import ceil
 from typing import Any
 
 import psutil
@@ -15,16 +14,13 @@ import torch
 from . import probe
 from .checkpoints.lora import LoraChoice
 from .checkpoints.stored import EXPERT_WORDS, HIGH_NOISE
+from .computing import Computing, timings_of
 from .handle import ModelHandle
 from .handover import Handover, can_hand_over
-from .parallel.crew import Crew, Share
 from .parallel.forward import ParallelForward
-from .parallel.functions import BlockFunctions
 from .parallel.state import Timing
-from .parallel.workers import Worker
 from .planning.budgets import Budget
 from .planning.devices import GIB, DeviceInfo, gib
-from .planning.footprint import affordable_range_tokens, wider_ranges_bytes
 from .planning.placement import HOST, Placement
 from .plans import HOST_RESERVE_BYTES, Plan
 from .weights.expert import CPU, Expert
@@ -52,12 +48,7 @@ class LoadedModel:
         self.learned_reserve_bytes: dict[int, int] = {}
         # The most the allocator should hold on each device during the current run; read anew before every block.
         self.ceilings: dict[torch.device, int] = {}
-        # Of the current run; decides whether compiling pays.
-        self.forwards_left = 0
-        compilable = all(expert.compilable for expert in self.experts.values())
-        self.functions = BlockFunctions(self.experts[HIGH_NOISE].math, compilable=compilable)
-        self._crew: Crew | None = None
-        self._crew_key: tuple[Any, ...] = ()
+        self.computing = Computing(self.experts, precision, self.ceilings, self.learned_reserve_bytes)
         self._calls: dict[str, Callable[..., Any]] = {}
         self._dispatched: dict[str, Placement] = {}
         # Under way behind a forward; whatever moves or looks at parts waits for it first.
@@ -95,8 +86,8 @@ class LoadedModel:
 
     def _undispatch(self, part: str) -> None:
         self._dispatched.pop(part, None)
-        if self._calls.pop(part, None) is not None and self._crew is not None:
-            self._crew.settle()
+        if self._calls.pop(part, None) is not None:
+            self.computing.settle()
         self.experts[part].undispatch()
 
     def activate(
@@ -121,13 +112,8 @@ class LoadedModel:
         self._bring_home(part, placement, on_load)
         # Hooks outlive the run that made them: they must ask the run that computes, not that one.
         if placement.parallel:
-            self._calls[part] = ParallelForward(
-                expert,
-                self._crew_of(plan),
-                self.functions,
-                check_cancelled=lambda: self._check_cancelled(),
-                forwards_left=lambda: self.forwards_left,
-                on_stage=lambda words: self._on_stage(words),
+            self._calls[part] = self.computing.forward(
+                expert, plan, lambda: self._check_cancelled(), on_stage=lambda words: self._on_stage(words)
             )
         else:
             devices = {b.device.index: torch.device(b.device.torch_device) for b in plan.budgets}
@@ -218,60 +204,17 @@ class LoadedModel:
     def _host_has_room(part_bytes: int) -> bool:
         return psutil.virtual_memory().available - HOST_RESERVE_BYTES >= part_bytes
 
-    # ---- who computes
-
-    def _crew_of(self, plan: Plan) -> Crew:
-        """The plan's workers; what was measured of them is kept while the size stays."""
-        placement, shape = plan.placements[HIGH_NOISE], plan.shape
-        key = (tuple(b.device.torch_device for b in plan.budgets), placement.main_device, shape)
-        if self._crew is None or self._crew_key != key:
-            speeds = self._speeds_now()
-            shares = [
-                Share(Worker(b.device.index, torch.device(b.device.torch_device)), speeds.get(b.device.index, plan.shares[b.device.index]))
-                for b in plan.budgets
-            ]
-            main = next(share.worker for share in shares if share.worker.index == placement.main_device)
-            self._crew, self._crew_key = Crew(shares, main, ceilings=self.ceilings), key
-        self._crew.slot_bytes = max(expert.largest_block_bytes for expert in self.experts.values())
-        for share in self._crew.shares:
-            index = share.worker.index
-            share.most = plan.most_share(index)
-            share.range_tokens, _ = self._ranges(index)
-        return self._crew
-
-    def _ranges(self, index: int) -> tuple[int, int]:
-        """How many tokens a device works on at a time, and the bytes that takes over what is planned for."""
-        plan = self._planned()
-        own = ceil(plan.most_share(index) * plan.shape.tokens)
-        # As planned where memory is short, or has been.
-        spare = 0 if self.learned_reserve_bytes.get(index) else plan.spare_bytes(index)
-        sizing = (plan.shape.batch_size, self.experts[HIGH_NOISE].width, self.precision.dtype.itemsize)
-        tokens = affordable_range_tokens(own, spare, *sizing)
-        return tokens, wider_ranges_bytes(own, tokens, *sizing)
-
-    def _forward_bytes(self, placement: Placement, index: int) -> int:
-        """What a forward takes on a device besides weights. What waits there must leave it free."""
-        return placement.reserve_bytes.get(index, 0) + (self._ranges(index)[1] if placement.parallel else 0)
-
-    def _speeds_now(self) -> dict[int, float]:
-        """What is known of the workers from another size; a guess for this one."""
-        if self._crew is None or not all(worker.is_timed for worker in self._crew.workers):
-            return {}
-        return {share.worker.index: share.speed for share in self._crew.shares}
+    # ---- what a run says of itself
 
     def timings(self) -> dict[int, Timing]:
         """Device index -> what the latest forward took of it, where all devices compute at once."""
-        found: dict[int, Timing] = {}
-        for call in self._calls.values():
-            if isinstance(call, ParallelForward):
-                found.update(call.latest_timings())
-        return found
+        return timings_of(self._calls)
 
-    def slower_than_could_be(self) -> list[str]:
-        """What made a run slower than this machine allows, in sentences."""
-        notes = []
-        if self.functions.failure:
-            notes.append(f"The blocks could not be compiled, which costs some speed: {self.functions.failure}")
+    def notes(self) -> list[str]:
+        """How the run computed where that is not as one would think, and what made it slower than this machine allows, in sentences."""
+        notes = self.computing.few_bits_notes(self._planned())
+        if self.computing.functions.failure:
+            notes.append(f"The blocks could not be compiled, which costs some speed: {self.computing.functions.failure}")
         if self._host_pool.unlocked_bytes:
             notes.append(
                 f"{gib(self._host_pool.unlocked_bytes)} of system memory could not be page-locked, so blocks there arrive slower. Close other "
@@ -279,20 +222,14 @@ class LoadedModel:
             )
         return notes
 
-    def few_bits_notes(self) -> list[str]:
-        """Which GPUs rounded more than the weights, in a sentence."""
-        names = [expert.name for expert in self.experts.values()]
-        shares = [] if self._crew is None else [s for s in self._crew.shares if any(map(s.multiplies_few_bits, names))]
-        gpus = " and ".join(self._planned().budget(share.worker.index).device.label for share in shares)
-        return (
-            [f"{gpus} multiplied the weights in few bits as they are: measured to be faster, and near enough to widening them."]
-            if shares
-            else []
-        )
+    # ---- making room
 
     def after_forward(self, part: str) -> None:
         """Let go of what a forward, or one that raised, was using."""
         self.experts[part].release_fetched()
+
+    def _forward_bytes(self, placement: Placement, index: int) -> int:
+        return self.computing.forward_bytes(self._planned(), placement, index)
 
     def _make_room_for_part(self, placement: Placement, part: str, name: str) -> None:
         home = placement.homes[name]
@@ -321,11 +258,9 @@ class LoadedModel:
         self.finish_handover(wait=False)
         for expert in self.experts.values():
             expert.clear_fetch_room()
-        if self._crew is not None:
-            self._crew.settle()
-            for part in [part for part, placement in self._dispatched.items() if placement.parallel]:
-                self._undispatch(part)
-            self._crew.give_back_buffers()
+        for part in [part for part, placement in self._dispatched.items() if placement.parallel]:
+            self._undispatch(part)
+        self.computing.give_back_buffers()
 
     def make_room(self, index: int, needed_bytes: int, limit_bytes: int, keep: str | None = None) -> None:
         """Park weights from one device until ``needed_bytes`` more fit under the limit there.

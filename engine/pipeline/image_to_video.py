@@ -209,7 +209,7 @@ class _Run:
         if len(high_noise) < len(scheduler.timesteps):
             transformers[0].successor = LOW_NOISE
             transformers[0].forwards_left = sum(pipeline.forwards_at(timestep) for timestep in high_noise)
-        self.loaded.forwards_left = request.num_inference_steps * (2 if request.needs_negative else 1)
+        self.loaded.computing.forwards_left = request.num_inference_steps * (2 if request.needs_negative else 1)
         self.callbacks.on_stage("Encoding the picture")
         try:
             return pipeline(
@@ -279,7 +279,6 @@ class _Run:
         computing = [seconds - loading for seconds, loading in zip(self.step_seconds, self.loading_seconds, strict=True)]
         loading = f", {sum(self.loading_seconds):.1f} s of them loading" if sum(self.loading_seconds) >= 0.1 else ""
         return [
-            *self.loaded.few_bits_notes(),
-            *self.loaded.slower_than_could_be(),
+            *self.loaded.notes(),
             f"{len(computing)} steps in {sum(self.step_seconds):.1f} s{loading}; the median step {sorted(computing)[len(computing) // 2]:.2f} s.",
         ]

@@ -53,7 +53,7 @@ class ShardedTransformer:
                 if self.successor is not None and self.forwards_left == 1:
                     self._loaded.hand_over_behind(self._part, self.successor)
                 output = forward(*args, **kwargs)
-                self._loaded.forwards_left -= 1
+                self._loaded.computing.forwards_left -= 1
                 self.forwards_left -= 1
                 return output
             except torch.OutOfMemoryError as error:

@@ -167,8 +167,8 @@ def test_what_was_decided_is_said(make_checkpoint: Callable[..., Path], make_req
     request = make_request(prompt_embeds=torch.ones(1, 3, 32), guidance_scale=1.0, num_inference_steps=2, switch_step=1)
     handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel")
     assert not any("few bits" in note for note in engine(handle, request, vae=HostVae(checkpoint)).notes)
-    assert owner.loaded is not None and owner.loaded._crew is not None
-    owner.loaded._crew.shares[1].measured_few_bits["low noise expert"] = True
+    assert owner.loaded is not None and owner.loaded.computing.crew is not None
+    owner.loaded.computing.crew.shares[1].measured_few_bits["low noise expert"] = True
     notes = [note for note in engine(handle, request, vae=HostVae(checkpoint)).notes if "few bits" in note]
     assert len(notes) == 1 and notes[0].startswith("GPU 1 · Imagined") and "GPU 0" not in notes[0]
     owner.release()
