@@ -92,7 +92,7 @@ def test_bad_values_are_named(comfy_server: ComfyServer, body: Any, named: str) 
 def test_not_while_a_prompt_runs(comfy_server: ComfyServer, tiny_prompt: dict[str, Any]) -> None:
     with comfy_server.listen() as events:
         queued = comfy_server.queue(tiny_prompt)
-        events.wait_for(lambda event: event.kind == "progress")
+        events.wait_for(lambda event: event.kind == "progress" and event.data["prompt_id"] == queued)
         status, error = refused(comfy_server, {})
         comfy_server.interrupt()
         comfy_server.wait(queued)
