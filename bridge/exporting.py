@@ -16,6 +16,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.cli_args import args
+from comfy_api.input import VideoInput
 from comfy_api.input_impl import VideoFromComponents, VideoFromFile
 from comfy_api.latest import io, ui
 from comfy_api.util import VideoComponents
@@ -27,7 +28,7 @@ from ..engine.video.frames import PingPong, check_batch, rgb_frames
 from ..engine.video.stills import write_png
 from ..engine.video.writer import exact_frame_rate, write_video
 
-Video: TypeAlias = VideoFromFile | VideoFromComponents
+Video: TypeAlias = VideoInput
 
 
 def export(
@@ -75,7 +76,7 @@ def export(
     folder_type = io.FolderType.output if save_output else io.FolderType.temp
     folder, name, counter, subfolder = _save_path(filename_prefix, folder_type, width=images.shape[2], height=images.shape[1])
     path = _claim(folder, name, counter, row)
-    still = path.with_name(f"{path.stem}.png") if first_frame_png else None
+    still = path.with_name(f"{path.name if row.is_folder else path.stem}.png") if first_frame_png else None
     frames = PingPong(images) if pingpong else images
     progress = comfy.utils.ProgressBar(len(frames))
     metadata = _metadata(prompt, extra_pnginfo)
@@ -113,9 +114,21 @@ def _video(row: VideoFormat, path: Path, images: torch.Tensor, frames: Any, audi
     """The file where core's nodes read it, else the frames themselves: core's Save Video copies streams into an mp4."""
     if row.core_reads:
         return VideoFromFile(str(path))
-    if isinstance(frames, PingPong):
-        images = images[frames.order()]
-    return VideoFromComponents(VideoComponents(images=images[..., :3], audio=audio, frame_rate=exact_frame_rate(fps)))
+    return _Frames(images[..., :3], frames.order() if isinstance(frames, PingPong) else None, audio, fps)
+
+
+class _Frames(VideoInput):
+    """Frames as a VIDEO. In another order than they are in, they are copied when they are asked for: most often nobody does."""
+
+    def __init__(self, images: torch.Tensor, order: list[int] | None, audio: Any, fps: float):
+        self._images, self._order, self._audio, self._fps = images, order, audio, fps
+
+    def get_components(self) -> VideoComponents:
+        images = self._images if self._order is None else self._images[self._order]
+        return VideoComponents(images=images, audio=self._audio, frame_rate=exact_frame_rate(self._fps))
+
+    def save_to(self, *args: Any, **kwargs: Any) -> None:
+        VideoFromComponents(self.get_components()).save_to(*args, **kwargs)
 
 
 def _shown(

@@ -13,17 +13,18 @@ import { drawNoStill, showPicture } from "./wan_sharded/live_picture.js";
 import { addMeasureButton } from "./wan_sharded/measure_button.js";
 import { addPlacementPicture, restorePlacement, showPlacement } from "./wan_sharded/placement_picture.js";
 import { addTextArea, restoreText, showText } from "./wan_sharded/text_area.js";
+import { say } from "./wan_sharded/words.js";
 
 const LOADER = "WanShardedLoader";
 const SAMPLER = "WanShardedI2VSampler";
 const EXPORT = "WanShardedVideoExport";
 const LORA = "WanShardedLora";
-// Nodes with a text area.
+// The nodes, each with a text area: its words while it is empty, by their key, and its height.
 const TEXTS = {
-  [LOADER]: { placeholder: "Placement: which GPU holds what. Seen here when the workflow runs.", heightPx: 160 },
-  [SAMPLER]: { placeholder: "Notes on the run: settings, time, memory. Seen here when the workflow runs.", heightPx: 100 },
-  [EXPORT]: { placeholder: "The file, and what its format had no place for. Seen here when the workflow runs.", heightPx: 40 },
-  [LORA]: { placeholder: "What each LoRA changes. Seen here when the workflow runs.", heightPx: 60 },
+  [LOADER]: { placeholder: "emptyPlacement", heightPx: 160 },
+  [SAMPLER]: { placeholder: "emptyNotes", heightPx: 100 },
+  [EXPORT]: { placeholder: "emptyExport", heightPx: 40 },
+  [LORA]: { placeholder: "emptyLora", heightPx: 60 },
 };
 const MIN_WIDTH_PX = 400;
 const PICTURE = /\.(gif|webp|png)$/;
@@ -47,9 +48,8 @@ app.registerExtension({
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (![LOADER, SAMPLER, EXPORT, LORA].includes(nodeData.name)) return;
-    nodeData.fallbackWidgetsValuesNames = widgetNames(nodeData);
     if (!(nodeData.name in TEXTS)) return;
+    nodeData.fallbackWidgetsValuesNames = widgetNames(nodeData);
     if (nodeData.name === SAMPLER) drawNoStill(nodeType);
 
     const onExecuted = nodeType.prototype.onExecuted;
@@ -71,14 +71,14 @@ app.registerExtension({
   // Synchronous on purpose: a file's values are applied right after this, and by then the widgets must stand.
   nodeCreated(node) {
     const kind = node.comfyClass;
-    if (kind === EXPORT) tellPreviewMediaType(node);
     if (!(kind in TEXTS)) return;
+    if (kind === EXPORT) tellPreviewMediaType(node);
     if (kind === LOADER) {
       setUpGpuSliders(node);
       addPlacementPicture(node, shownSliders(node).length + 1); // a bar for each GPU, and one for system memory or the CPU
     }
     const { placeholder, heightPx } = TEXTS[kind];
-    addTextArea(node, placeholder, heightPx);
+    addTextArea(node, say(placeholder), heightPx);
     if (kind === LOADER) addMeasureButton(node, SAMPLER);
     const [width, height] = node.computeSize();
     node.setSize([Math.max(width, MIN_WIDTH_PX), height]);

@@ -78,7 +78,7 @@ With the files of ComfyUI's own Wan 2.2 I2V template. ComfyUI offers to download
 2. Describe in **positive** what should happen.
 3. Press **Run**.
 
-The LoRAs are made for 4 steps at **cfg** 1 with *euler*, the experts changing after 2. Without the LoRA node: 20 steps, **cfg** 3.5, **switch_step** 10.
+The LoRAs are made for 4 steps at **cfg** 1 with *euler*, the experts changing after 2. Without the LoRA node: 20 steps, **cfg** 3.5, *unipc* and **switch_step** 0.
 
 Other files, also GGUF? Choose them in the loader.
 

@@ -25,14 +25,24 @@ function question(node, samplerType) {
   };
 }
 
+/** What an answer says went wrong; a server that failed unexpectedly does not answer in JSON. */
+function errorIn(body) {
+  try {
+    return JSON.parse(body).error;
+  } catch {
+    return undefined;
+  }
+}
+
 async function measure(node, samplerType) {
   const response = await api.fetchApi("/wan_sharded/calibrate", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(question(node, samplerType)),
   });
-  const answer = await response.json();
-  if (!response.ok) throw new Error(answer.error ?? response.statusText);
+  const body = await response.text();
+  if (!response.ok) throw new Error(errorIn(body) ?? `${response.status} ${response.statusText}`);
+  const answer = JSON.parse(body);
   showText(node, answer.text);
   showPlacement(node, answer.plan.bars);
   selectText(node);

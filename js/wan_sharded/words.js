@@ -27,6 +27,10 @@ const ENGLISH = {
   measuring: "Measuring ...",
   measureTip: "Measures the GPUs and their links for some seconds, without a model. The text can be put into a bug report.",
   measureFailed: "The GPUs could not be measured: {why}",
+  emptyPlacement: "Placement: which GPU holds what. Seen here when the workflow runs.",
+  emptyNotes: "Notes on the run: settings, time, memory. Seen here when the workflow runs.",
+  emptyExport: "The file, and what its format had no place for. Seen here when the workflow runs.",
+  emptyLora: "What each LoRA changes. Seen here when the workflow runs.",
 };
 
 const CHINESE = {
@@ -55,6 +59,10 @@ const CHINESE = {
   measuring: "正在测量……",
   measureTip: "不需要模型，用几秒钟测量各 GPU 及其链路的速度。得到的文字可以放进问题报告。",
   measureFailed: "无法测量 GPU：{why}",
+  emptyPlacement: "放置：哪块 GPU 存放什么。运行工作流后显示在这里。",
+  emptyNotes: "运行说明：设置、用时、显存。运行工作流后显示在这里。",
+  emptyExport: "写出的文件，以及其格式容纳不下的内容。运行工作流后显示在这里。",
+  emptyLora: "每个 LoRA 改变了什么。运行工作流后显示在这里。",
 };
 
 function language() {

@@ -211,6 +211,25 @@ def test_png_sequence_is_a_numbered_folder(output):
     assert Path(path).is_dir()
 
 
+def test_the_first_frame_beside_a_folder_has_its_whole_name(output):
+    """A prefix may have a dot in it; what comes before that is another file's name."""
+    (output / "v1.png").write_bytes(b"somebody's")
+    export(**request(filename_prefix="v1.5", format="png sequence", first_frame_png=True))
+    assert (output / "v1.5_00001_.png").is_file() and (output / "v1.png").read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize("format", ["gif", "mov (ProRes)"])
+def test_forwards_and_backwards_copies_nothing_until_somebody_asks(format, output, monkeypatch):
+    copied = []
+    getitem = torch.Tensor.__getitem__
+    monkeypatch.setattr(
+        torch.Tensor, "__getitem__", lambda self, key: (isinstance(key, list) and copied.append(key), getitem(self, key))[1]
+    )
+    video, _, _ = export(**request(format=format, pingpong=True))
+    assert copied == []
+    assert len(video.get_components().images) == 10 and len(copied) == 1
+
+
 def test_first_frame_beside_the_video(output):
     wanted = request(format="mov (ProRes)", first_frame_png=True)
     _, _, shown = export(**wanted)

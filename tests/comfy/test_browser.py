@@ -18,7 +18,7 @@ comfy_browser = pytest.importorskip("comfy_browser", reason="playwright is not i
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 LOADER, SAMPLER, EXPORT = "WanShardedLoader", "WanShardedI2VSampler", "WanShardedVideoExport"
-GPUS = {0: [], 1: ["RTX 5060 Ti 16 GB"], 2: ["RTX 5060 Ti 16 GB", "RTX 3060 12 GB"], 4: ["H200 141 GB"] * 4}
+GPUS = {0: [], 1: ["RTX 5060 Ti 16 GB"], 2: ["RTX 5060 Ti 16 GB", "RTX 3060 12 GB"], 4: ["H200 141 GB"] * 4, 8: ["H200 141 GB"] * 8}
 # Larger than a local GPU, automatic, left out, and the server's maximum.
 SLIDER_VALUES = [80, 12.5, -1, 256, 0, 7, 3.5, 1]
 # The live picture, in an <img>: of ours in the classic canvas, of the frontend's own in Nodes 2.0.
@@ -81,7 +81,7 @@ AROUND_BLUEPRINT = """(values) => {
 DROP = """async (name) => {
     const answer = await app.api.fetchApi(`/view?type=output&filename=${name}`);
     const dataTransfer = new DataTransfer();
-    dataTransfer.items.add(new File([await answer.blob()], name, { type: answer.headers.get("Content-Type") }));
+    dataTransfer.items.add(new File([await answer.blob()], name.split("&")[0], { type: answer.headers.get("Content-Type") }));
     app.graph.clear();
     app.canvas.canvas.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
 }"""
@@ -176,6 +176,7 @@ def test_example_runs_and_shows_everything(look: Look, open_page: Callable[..., 
     page.screenshot(f"{look}-1-opened")
 
     make_small(page, seed=1 + LOOKS.index(look))
+    workflow, api = page.save()
     watch_progress(page)
     page.page.get_by_role("button", name="Run", exact=True).click()
     page.page.wait_for_function("() => window.seen.preview > 0 || window.seen.end", timeout=120_000)
@@ -194,6 +195,15 @@ def test_example_runs_and_shows_everything(look: Look, open_page: Callable[..., 
     assert video == [128, 96]
     assert "CPU" in page.text(LOADER)
     assert page.text(SAMPLER).strip() and "..." not in page.text(SAMPLER)
+
+    # The video brings the graph back, the seed it was made with included.
+    name = page.text(EXPORT).splitlines()[0]
+    page.page.evaluate(DROP, f"{name}&subfolder=video")
+    page.page.wait_for_function("(count) => app.graph._nodes.length === count", arg=len(workflow["nodes"]), timeout=20_000)
+    page.page.wait_for_timeout(500)
+    dropped, dropped_api = page.save()
+    assert dropped_api == api
+    assert [(node["type"], node["pos"]) for node in dropped["nodes"]] == [(node["type"], node["pos"]) for node in workflow["nodes"]]
 
 
 def test_cancel_and_run_again(look: Look, open_page: Callable[..., Any]):
@@ -270,15 +280,15 @@ def test_a_blueprint_from_the_node_library_makes_a_video(look: Look, open_page: 
 
 
 def test_a_file_survives_machines_with_other_gpus(look: Look, open_page: Callable[..., Any]):
-    page = open_page(gpus=4)
+    page = open_page(gpus=8)
     page.open_template("wan_first_last_frame")
-    page.screenshot(f"{look}-gpus-4")
-    check_sliders(page, 4)
+    page.screenshot(f"{look}-gpus-8")
+    check_sliders(page, 8)
     page.set_values(LOADER, **{f"gpu{index}_gb": value for index, value in enumerate(SLIDER_VALUES)})
     workflow, api = page.save()
     original = loader_of(workflow)["widgets_values"]
     assert original[-8:] == SLIDER_VALUES
-    for gpus in (1, 0, 2):
+    for gpus in (1, 0, 4, 2):
         page = open_page(gpus=gpus)
         page.open()
         page.load(workflow)
