@@ -26,6 +26,7 @@ def measure(expert, inputs, workers: list[Worker], repeats: int, *, equal: bool 
     crew = Crew([Share(worker, 1.0, range_tokens=1 << 30) for worker in workers], workers[0], staged=staged)
     forward = ParallelForward(expert, crew, BlockFunctions(expert.math), forwards_left=lambda: 10**6)
     if equal:
+        forward._functions.compile()  # nothing is learned here that it would be decided by
         forward._learn = lambda states: [setattr(state.worker, "is_timed", True) for state in states]
     with torch.inference_mode():
         for _ in range(2):  # calibrates, compiles, corrects the shares

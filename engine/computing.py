@@ -96,7 +96,12 @@ class Computing:
     def few_bits_notes(self, plan: Plan) -> list[str]:
         """Which GPUs rounded more than the weights, in a sentence."""
         names = [expert.name for expert in self._experts.values()]
-        shares = [] if self.crew is None else [share for share in self.crew.shares if any(map(share.multiplies_few_bits, names))]
+        # One at a time, a GPU always widens them.
+        shares = (
+            []
+            if self.crew is None or not plan.parallel
+            else [share for share in self.crew.shares if any(map(share.multiplies_few_bits, names))]
+        )
         gpus = " and ".join(plan.budget(share.worker.index).device.label for share in shares)
         return (
             [f"{gpus} multiplied the weights in few bits as they are: measured to be faster, and near enough to widening them."]

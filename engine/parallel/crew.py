@@ -135,7 +135,11 @@ class Crew:
             probe.synchronize(device)
 
     def give_back_buffers(self) -> None:
-        """Give back what keys, values and fetched blocks stood in. Nothing may be under way, and no forward of this crew be called again."""
+        """Give back what keys, values, fetched blocks and staged copies stood in.
+
+        Nothing may be under way, and no forward made before be called again.
+        """
+        self._links.clear()
         self._exchanges.clear()
         self._exchange_key = ()
         self._slots.clear()

@@ -202,11 +202,16 @@ class ParallelForward:
         if self._few_bits_settled or not self.timings or not self._functions.compiled:
             return
         able = [share for share in self._crew.shares if self._may_multiply_few_bits(share)]
-        if able and not self._pays_to_compile():
+        # Where the other expert has been measured, what is compiled serves this one too.
+        if able and not any(share.measured_few_bits for share in able) and not self._pays_to_compile():
             return
         self._few_bits_settled = True
         if able:
-            self._decide_on_few_bits(able, given)
+            try:
+                self._decide_on_few_bits(able, given)
+            except BaseException:  # cancelled, or out of memory: nothing is decided
+                self._forget_few_bits(able)
+                raise
 
     def _may_multiply_few_bits(self, share: Share) -> bool:
         decided = share.multiply_few_bits is not None or self._expert.name in share.measured_few_bits
@@ -224,8 +229,12 @@ class ParallelForward:
         allowed = max(FEW_BITS_ERROR[t.dtype] for name, t in weights.items() if name.endswith(".weight") and t.dtype in FEW_BITS_ERROR)
         self._set_few_bits(able, True)
         self._first_blocks(given)  # compiled anew for this, maybe
+        if not self._functions.compiled:
+            self._forget_few_bits(able)  # it failed; eagerly it is not considered
+            return
         quick_states, quick = self._first_blocks(given)
         self._set_few_bits(able, False)
+        self._first_blocks(given)
         plain_states, plain = self._first_blocks(given)
         better: list[Share] = []
         for one, other, added, expected in zip(quick_states, plain_states, quick, plain, strict=True):
@@ -239,6 +248,12 @@ class ParallelForward:
                 better.append(one.share)
         self._set_few_bits(better, True)
         self._time_blocks(given)
+
+    def _forget_few_bits(self, shares: Sequence[Share]) -> None:
+        self._set_few_bits(shares, False)
+        for share in shares:
+            share.measured_few_bits.pop(self._expert.name)
+        self._few_bits_settled = False
 
     def _set_few_bits(self, shares: Sequence[Share], wanted: bool) -> None:
         for share, fetcher in zip(self._crew.shares, self._fetchers, strict=True):

@@ -16,7 +16,7 @@ from .workers import Mark, mark, new_stream, wait
 
 # Small copies go in chunks of so many bytes, large ones in more bytes a chunk: what queues them, and what they are queued in, has limits.
 CHUNK_BYTES = 16 * 1024**2
-LARGEST_CHUNK_BYTES = 64 * 1024**2
+LARGEST_CHUNK_BYTES = 32 * 1024**2
 CHUNKS_OF_A_COPY = 12
 # Buffers on the way of a staged copy.
 RING = 3

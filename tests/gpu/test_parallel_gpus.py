@@ -13,7 +13,8 @@ from wan_sharded.engine.checkpoints.stored import HIGH_NOISE
 from wan_sharded.engine.parallel.crew import Crew, Share
 from wan_sharded.engine.parallel.forward import ParallelForward
 from wan_sharded.engine.parallel.functions import BlockFunctions, can_compile
-from wan_sharded.engine.parallel.workers import Worker, new_stream
+from wan_sharded.engine.parallel.links import StagedLink
+from wan_sharded.engine.parallel.workers import Worker, mark, new_stream, wait
 from wan_sharded.engine.weights.expert import Expert
 from wan_sharded.engine.weights.precision import Precision
 
@@ -119,6 +120,22 @@ def test_fifty_forwards_with_fresh_inputs_delays_and_poison(make_checkpoint, sta
             error = relative(got, expected)
             assert error < 1e-5, (seed, error)
             poison(crew)
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_staged_link_with_copies_of_any_size_at_once(target):
+    """Chunks through the ring, which a larger copy makes anew, nothing waited for in between."""
+    link = StagedLink(device_of(0), device_of(target))
+    for seed in range(5):
+        generator = torch.Generator(device_of(0)).manual_seed(seed)
+        sizes = [2**20, 300 * 2**20 + 7, 2**20 + 1, 40 * 2**20, 700 * 2**20]
+        sources = [torch.randint(0, 256, (size,), dtype=torch.uint8, device=device_of(0), generator=generator) for size in sizes]
+        targets = [torch.zeros(size, dtype=torch.uint8, device=device_of(target)) for size in sizes]
+        ready = [mark(torch.cuda.current_stream(device)) for device in (device_of(0), device_of(target))]
+        arrived = [link.copy(into, out_of, ready) for into, out_of in zip(targets, sources, strict=True)]
+        wait(torch.cuda.current_stream(device_of(target)), arrived)
+        for source, got in zip(sources, targets, strict=True):
+            assert torch.equal(got, source.to(device_of(target)))
 
 
 def test_the_same_plan_gives_the_same_bits(make_checkpoint):

@@ -136,6 +136,54 @@ def test_each_expert_by_its_own_weights(able: set[int], saved: dict[int, float],
     assert decided(later) == [True, True], "and so it stays when it comes back"
 
 
+def test_the_second_expert_is_measured_in_a_short_run_too(
+    able: set[int], saved: dict[int, float], expert: Callable[[Precision], Expert]
+) -> None:
+    """What is compiled for the first one is there."""
+    one, other = expert(INT8), expert(INT8)
+    other.name = "low noise expert"
+    _, _, first = run(one)
+    second = ParallelForward(other, first._crew, first._functions, forwards_left=lambda: 1)
+    with torch.inference_mode():
+        for _ in range(2):
+            second(**given(), return_dict=False)
+    assert decided(second) == [True, True]
+
+
+class Stopped(BaseException):
+    """As ComfyUI's interrupt."""
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_stopped_while_measuring_nothing_is_decided(
+    able: set[int], saved: dict[int, float], expert: Callable[[Precision], Expert], at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, first = run(expert(BF16))
+    one = expert(INT8)
+    one.name = "low noise expert"
+    forward = ParallelForward(one, first._crew, first._functions, forwards_left=lambda: 10**9)
+    with torch.inference_mode():
+        widened = forward(**given(), return_dict=False)[0]
+        blocks, asked = ParallelForward._first_blocks, 0
+
+        def stop(self: ParallelForward, arguments: list) -> tuple:
+            nonlocal asked
+            asked += 1
+            if asked == at:
+                raise Stopped
+            return blocks(self, arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ParallelForward, "_first_blocks", stop)
+            with pytest.raises(Stopped):
+                forward(**given(), return_dict=False)
+        assert decided(forward) == [None, None]
+        again = ParallelForward(one, first._crew, BlockFunctions(one.math), forwards_left=lambda: 0)  # plainly, nothing is measured
+        assert relative(again(**given(), return_dict=False)[0], widened) < 1e-3
+        forward(**given(), return_dict=False)
+    assert decided(forward) == [True, True], "measured the next time"
+
+
 @pytest.mark.parametrize(
     ("precision", "compiled"),
     [(BF16, True), (INT8, False), (Precision(torch.float32, torch.int8), True)],
@@ -171,4 +219,6 @@ def test_what_was_decided_is_said(make_checkpoint: Callable[..., Path], make_req
     owner.loaded.computing.crew.shares[1].measured_few_bits["low noise expert"] = True
     notes = [note for note in engine(handle, request, vae=HostVae(checkpoint)).notes if "few bits" in note]
     assert len(notes) == 1 and notes[0].startswith("GPU 1 · Imagined") and "GPU 0" not in notes[0]
+    alone = open_model(checkpoint, weight_dtype="fp32", execution="sequential", max_memory_gib={1: -1})
+    assert not any("few bits" in note for note in engine(alone, request, vae=HostVae(checkpoint)).notes)
     owner.release()
