@@ -23,6 +23,7 @@ from .audio import Sound
 from .failures import export_error
 from .formats import VideoFormat
 from .pictures import TAGS, Palettes, bt709, rgb
+from .scheduling import usual_scheduling
 from .stills import add_exif_to_webp
 
 _log = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ class VideoEncoder:
                     self._palettes = Palettes(self._video.width, self._video.height, channels, 1 / frame_rate)
                 if sound is not None:
                     self._audio = self._container.add_stream(row.audio_codec, rate=_sample_rate(sound, row), layout=sound.layout)
-                self._container.start_encoding()  # opens encoders and file now: what they refuse is known before the first frame
+                with usual_scheduling():
+                    self._container.start_encoding()  # opens encoders and file now: what they refuse is known before the first frame
         except BaseException:
             self.abandon()
             raise

@@ -1,6 +1,7 @@
 """Every format, checked by decoding what was written with PyAV, or with Pillow where PyAV cannot."""
 
 import os
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -121,6 +122,20 @@ def test_stream_colours_duration_and_tags(label, tmp_path):
         assert metadata.items() <= found.items()
         if row.codec_tag:
             assert context.codec_tag == row.codec_tag
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+@pytest.mark.parametrize("label", VIDEO)
+def test_no_thread_becomes_a_real_time_one(label, tmp_path):
+    """Run by root, SVT-AV1's and the caller's would, and everything else would wait for them."""
+    before, during = os.sched_getscheduler(0), []
+
+    def look(written: int, total: int | None) -> None:
+        during.append({os.sched_getscheduler(int(task)) for task in os.listdir("/proc/self/task")})
+
+    write_video(smooth(), tmp_path / name_of(label), fps=16, format=label, on_frame=look)
+    assert os.sched_getscheduler(0) == before
+    assert len(during) == FRAMES and not any({os.SCHED_FIFO, os.SCHED_RR} & found for found in during)
 
 
 @pytest.mark.parametrize("label", [label for label in SOFTWARE if FORMATS[label].alpha_pix_fmt])
