@@ -158,6 +158,7 @@ class Stopped(BaseException):
 def test_stopped_while_measuring_nothing_is_decided(
     able: set[int], saved: dict[int, float], expert: Callable[[Precision], Expert], at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(forward_module, "better_speeds", lambda *args: None)  # other shares round otherwise
     _, _, first = run(expert(BF16))
     one = expert(INT8)
     one.name = "low noise expert"
@@ -179,7 +180,7 @@ def test_stopped_while_measuring_nothing_is_decided(
                 forward(**given(), return_dict=False)
         assert decided(forward) == [None, None]
         again = ParallelForward(one, first._crew, BlockFunctions(one.math), forwards_left=lambda: 0)  # plainly, nothing is measured
-        assert relative(again(**given(), return_dict=False)[0], widened) < 1e-3
+        assert torch.equal(again(**given(), return_dict=False)[0], widened)
         forward(**given(), return_dict=False)
     assert decided(forward) == [True, True], "measured the next time"
 
