@@ -21,6 +21,7 @@ EXPECTED_OPTIONS = {"pooled_output", "attention_mask"}
 def sample_i2v(
     *,
     node_id: str | None,
+    loader_id: str | None,
     handle: ModelHandle,
     image: torch.Tensor,
     positive: str,
@@ -43,6 +44,10 @@ def sample_i2v(
     core_vae: Any,
 ) -> tuple[torch.Tensor, dict, str]:
     """Make the video.
+
+    Args:
+        node_id: the sampler's, which shows what it does.
+        loader_id: the loader node's, which shows the placement.
 
     Returns:
         Frames [batch * length, height, width, 3] in 0..1, ComfyUI's LATENT, and notes for the node.
@@ -80,8 +85,8 @@ def sample_i2v(
     memory.register(device.torch_device for device in machine.devices if handle.max_memory_gib.get(device.index, 0) >= 0)
     progress = RunProgress(node_id, steps)
     result = IMAGE_TO_VIDEO(handle, request, progress.callbacks, vae=vae, reserved_bytes=memory.reserved_bytes())
-    show_on_node(handle.node_id, "\n".join((*handle.model.notes, result.placement)))
-    show_placement(handle.node_id, result.bars)
+    show_on_node(loader_id, "\n".join((*handle.model.notes, result.placement)))
+    show_placement(loader_id, result.bars)
     text = "\n".join((*notes, *result.notes))
     for line in (*result.placement.splitlines(), *notes, *result.notes):
         logger.info("Wan I2V Sampler: %s", line)

@@ -33,7 +33,7 @@ class ModelHandle:
         offload: "auto", "cpu" or "none".
         max_memory_gib: visible GPU index -> GiB; 0 or missing = automatic, -1 = leave out.
         loras: expert part name -> its LoRAs.
-        node_id: the loader node that shows the placement, if any; no part of the identity.
+        node_id: the loader node that made it, if any; no part of the identity.
 
     Raises:
         InvalidRequestError: an unknown choice.

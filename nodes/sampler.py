@@ -5,6 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..bridge import sampling
+from ..bridge.graph import loader_behind
 from ..engine.pipeline.schedulers import SAMPLER_NAMES
 from .schema import CATEGORY, WanShardedModel, schema
 
@@ -151,7 +152,7 @@ class WanShardedI2VSampler(io.ComfyNode):
                 io.Image.Output(display_name="frames", tooltip="All frames, batch × length, float 0..1. Connect to Video Export."),
                 io.Latent.Output(display_name="latent", tooltip="The finished latents, for VAE Decode and other core nodes."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -180,6 +181,7 @@ class WanShardedI2VSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         frames, latent, notes = sampling.sample_i2v(
             node_id=cls.hidden.unique_id,
+            loader_id=loader_behind(cls.hidden.dynprompt, cls.hidden.unique_id, model.node_id),
             handle=model,
             image=image,
             positive=positive,

@@ -23,7 +23,7 @@ from wan_sharded.engine import OWNER, ModelHandle, open_model  # noqa: E402
 from wan_sharded.engine.errors import InvalidRequestError  # noqa: E402
 
 SAMPLER: dict[str, Any] = {
-    "node_id": None, "positive": "a boat", "negative": "blurred", "width": 64, "height": 48, "length": 5, "batch_size": 1, "seed": 7,
+    "node_id": None, "loader_id": None, "positive": "a boat", "negative": "blurred", "width": 64, "height": 48, "length": 5, "batch_size": 1, "seed": 7,
     "steps": 2, "cfg": 1.0, "cfg_low_noise": 0.0, "sampler_name": "unipc", "shift": 5.0, "boundary": 0.9, "switch_step": 1,
     "last_image": None, "positive_conditioning": None, "negative_conditioning": None, "core_vae": None,
 }  # fmt: skip

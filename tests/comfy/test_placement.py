@@ -124,6 +124,22 @@ def test_a_run_sends_the_placement_twice(comfy_server: ComfyServer, tiny_prompt:
     assert kinds["activations"] < {part["kind"]: part["gib"] for part in planned[0]["parts"]}["activations"]
 
 
+def test_a_loader_from_the_cache_shows_the_run(comfy_server: ComfyServer, tiny_prompt: dict[str, Any]) -> None:
+    """ComfyUI remembers the handle that an equal loader of another workflow made; the placement still goes to the loader of this one."""
+    tiny_prompt["1"]["inputs"]["gpu7_gb"] = 4
+    comfy_server.run(tiny_prompt)
+    other = {("57:1" if key == "1" else key): value for key, value in tiny_prompt.items()}
+    other["3"]["inputs"] |= {"model": ["57:1", 0], "seed": 4713}
+    with comfy_server.listen() as events:
+        comfy_server.run(other)
+        cached = [event.data["nodes"] for event in events.of("execution_cached")]
+        texts = [event.data for event in events.of("wan_sharded.status") if event.data["node"] != "3"]
+        (placement,) = events.of("wan_sharded.placement")
+    assert any("57:1" in nodes for nodes in cached)
+    assert {text["node"] for text in texts} == {placement.data["node"]} == {"57:1"}
+    assert "high noise expert" in texts[-1]["text"], "all there is on this node: ComfyUI sends nothing of a loader that it does not run"
+
+
 # ---- the page
 
 
