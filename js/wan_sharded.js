@@ -7,10 +7,11 @@
  */
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
-import { fitHeight, setUpGpuSliders, shownSliders, widgetNames } from "./wan_sharded/gpu_sliders.js";
+import { setUpGpuSliders, shownSliders, widgetNames } from "./wan_sharded/gpu_sliders.js";
 import { nodeByExecutionId } from "./wan_sharded/graph.js";
 import { drawNoStill, showPicture } from "./wan_sharded/live_picture.js";
 import { addMeasureButton } from "./wan_sharded/measure_button.js";
+import { fitHeight, fitVideos } from "./wan_sharded/node_size.js";
 import { addPlacementPicture, restorePlacement, showPlacement } from "./wan_sharded/placement_picture.js";
 import { addTextArea, restoreText, showText } from "./wan_sharded/text_area.js";
 import { say } from "./wan_sharded/words.js";
@@ -72,7 +73,10 @@ app.registerExtension({
   nodeCreated(node) {
     const kind = node.comfyClass;
     if (!(kind in TEXTS)) return;
-    if (kind === EXPORT) tellPreviewMediaType(node);
+    if (kind === EXPORT) {
+      tellPreviewMediaType(node);
+      fitVideos(node);
+    }
     if (kind === LOADER) {
       setUpGpuSliders(node);
       addPlacementPicture(node, shownSliders(node).length + 1); // a bar for each GPU, and one for system memory or the CPU

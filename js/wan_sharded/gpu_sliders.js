@@ -43,12 +43,6 @@ export function shownSliders(node) {
   return (node.widgets ?? []).filter((widget) => /^gpu\d+_gb$/.test(widget.name) && !widget.hidden);
 }
 
-/** Make the node high enough for its visible widgets; never smaller, so that a user's own size stays. */
-export function fitHeight(node) {
-  const [, needed] = node.computeSize();
-  if (node.size[1] < needed) node.setSize([node.size[0], needed]);
-}
-
 /**
  * Names of the node's widgets in the order of a file's `widgets_values`.
  *

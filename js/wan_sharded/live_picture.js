@@ -4,7 +4,7 @@
  *
  * The widget comes with the first picture, after all others, and is not serialised.
  */
-import { fitHeight } from "./gpu_sliders.js";
+import { fitHeight } from "./node_size.js";
 
 const NAME = "wan_sharded_picture";
 const MARGIN_PX = 20; // what the classic canvas leaves around a DOM widget, above and below together
