@@ -11,7 +11,6 @@ import ctypes
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +21,6 @@ from comfy_server import PACK_NAME
 from playwright.sync_api import Browser, Error, Route, sync_playwright
 from setup_env import WORK
 
-# The newest frontend this pack was looked at in; the oldest supported one comes with ComfyUI 0.3.75.
-NEW_FRONTEND = "1.58.1"
 SCREENSHOTS = WORK / "screenshots"
 CHROMIUM_ARGUMENTS = [
     "--no-sandbox",
@@ -70,27 +67,6 @@ def _keep_priorities_low() -> None:
     if sys.platform == "linux" and os.geteuid() == 0:
         drop_from_bounding_set, cap_sys_nice = 24, 23  # linux/prctl.h, linux/capability.h
         ctypes.CDLL(None).prctl(drop_from_bounding_set, cap_sys_nice, 0, 0, 0)  # where that is refused, it takes it
-
-
-def fetch_frontend(version: str = NEW_FRONTEND) -> Path | None:
-    """The folder for ComfyUI's ``--front-end-root`` with this frontend, downloaded once; None where that fails."""
-    folder = WORK / f"frontend-{version}"
-    static = folder / "comfyui_frontend_package" / "static"
-    if not static.is_dir():
-        # Not into the environment: ComfyUI would serve it as its own.
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            folder,
-            f"comfyui-frontend-package=={version}",
-        ]
-        subprocess.run(command, capture_output=True, check=False)
-    return static if static.is_dir() else None
 
 
 class ComfyPage:

@@ -1,20 +1,22 @@
-"""Take the pictures of the help pages, one of which the README shows as well: each node as a real page shows it.
+"""Take the pictures of the help pages and of the README: each node, and the example after a run, as a real page shows them.
 
     .venv/bin/python scripts/help_pictures.py
 
-The loader's GPUs are made up and its placement is the README's (tests/support/example_report.py); everything else is as it is.
+The GPUs are made up and the loader's placement is the README's (tests/support/example_report.py); everything else is as it is, made with a
+tiny random model.
 """
 
 import io
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from comfy_browser import ComfyPage, fetch_frontend, open_browser
-from comfy_server import ComfyServer, link_pack
+from comfy_browser import ComfyPage, open_browser
+from comfy_server import TINY_MODEL, ComfyServer, prepare_base
+from demo import HEIGHT, LENGTH, STEPS, WIDTH, tiny_checkpoint
+from frontends import fetch_frontend
 from PIL import Image
 from setup_env import ROOT
 
@@ -28,6 +30,8 @@ NODES = {
 }
 LORAS = [f"wan2.2_i2v_lightx2v_4steps_lora_v1_{level}_noise.safetensors" for level in ("high", "low")]
 HELP = ROOT / "js" / "docs" / "images"
+EXAMPLE = ROOT / "docs" / "images" / "example-workflow.jpg"
+EXAMPLE_WIDTH = 1400
 # What the page lays over the canvas.
 NOTHING_ELSE = ".graph-canvas-menu, .side-tool-bar-container, .actionbar, .workflow-tabs-container, .p-toast { display: none !important; }"
 ALONE = """([type, width]) => {
@@ -56,6 +60,29 @@ def example_placement() -> list[Any]:
     return [plan_report(plan), as_json(plan_bars(plan, own_vae=True))]
 
 
+def take_example(page: Any) -> Image.Image:
+    """The whole example after a run."""
+    page.open_template("wan_i2v")
+    page.set_values("WanShardedLoader", model=TINY_MODEL)
+    page.set_values("WanShardedI2VSampler", width=WIDTH, height=HEIGHT, length=LENGTH, steps=STEPS)
+    page.page.evaluate("() => app.queuePrompt(0)")
+    page.page.wait_for_function("() => [...document.querySelectorAll('video')].some((video) => video.readyState >= 2)", timeout=120_000)
+    page.page.add_style_tag(content=NOTHING_ELSE)
+    page.page.evaluate("() => { app.canvas.ds.fitToBounds([-370, 0, 2260, 1110], { zoom: 1 }); app.canvas.setDirty(true, true); }")
+    page.page.wait_for_timeout(2500)
+    clip = page.page.evaluate(
+        "() => { const { scale, offset } = app.canvas.ds, place = app.canvas.canvas.getBoundingClientRect();"
+        " return { x: place.left + (offset[0] - 370) * scale, y: place.top + offset[1] * scale, width: 2260 * scale, height: 1110 * scale }; }"
+    )
+    picture = Image.open(io.BytesIO(page.page.screenshot(clip=clip))).convert("RGB")
+    return picture.resize((EXAMPLE_WIDTH, round(EXAMPLE_WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS)
+
+
+def save(picture: Image.Image, file: Path) -> None:
+    picture.save(file, quality=88, optimize=True)
+    print(f"{file.relative_to(ROOT)}: {picture.size}, {file.stat().st_size} bytes")
+
+
 def take(page: Any, node_type: str, width: int) -> Image.Image:
     """One node, alone on the canvas."""
     page.page.add_style_tag(content=NOTHING_ELSE)
@@ -69,8 +96,7 @@ def main() -> None:
     placement = example_placement()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        link_pack(base / "custom_nodes")
-        shutil.copytree(ROOT / "example_workflows" / "input", base / "input")
+        prepare_base(base, tiny_checkpoint(base / "tiny"))
         for name in LORAS:  # a file that is missing would be framed in red
             (base / "models" / "loras").mkdir(parents=True, exist_ok=True)
             (base / "models" / "loras" / name).touch()
@@ -83,11 +109,10 @@ def main() -> None:
                 if node_type == "WanShardedLoader":
                     page.set_values(node_type, gpu0_gb=15, gpu1_gb=11)
                     page.on_node(node_type, "node.onExecuted({ text: [argument[0]], placement: [argument[1]] })", placement)
-                picture = take(page, node_type, width)
-                file = HELP / f"{node_type}.jpg"
-                picture.save(file, quality=88, optimize=True)
-                print(f"{file.relative_to(ROOT)}: {picture.size}, {file.stat().st_size} bytes")
+                save(take(page, node_type, width), HELP / f"{node_type}.jpg")
                 page.close()
+            page = ComfyPage(browser, server.url, gpu_names=GPUS, settings={"Comfy.Minimap.Visible": False})
+            save(take_example(page), EXAMPLE)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def example(first_title: str, note: str, last_frame: bool) -> dict[str, Node]:
         "image": Node("LoadImage", (520, 150), (340, 340), first_title, {"image": "wan_sharded_example.jpg"}),
         "sampler": Node("WanShardedI2VSampler", (920, 60), (420, 880), values={"positive": PROMPT}, links=sampler_links),
         "export": Node("WanShardedVideoExport", (1400, 60), (420, 480), links={"images": ("sampler", "frames")}),
-        "note": Node("MarkdownNote", (40, 880), (420, 230), "How to use", values={"": note}),
+        "note": Node("MarkdownNote", (-340, 60), (320, 420), "How to use", values={"": note}),
     }
     if last_frame:
         nodes["last"] = Node("LoadImage", (520, 560), (340, 340), "Last frame", {"image": "wan_sharded_example_last.jpg"})
@@ -166,7 +166,7 @@ def four_steps() -> dict[str, Node]:
         "lora": Node("WanShardedLora", (520, 60), (380, 340), values=loras, links={"model": ("loader", "model")}, models=("loras",)),
         "sampler": Node("WanShardedI2VSampler", (960, 60), (420, 880), values=values, links=sampler_links),
         "export": Node("WanShardedVideoExport", (1440, 60), (420, 480), links={"images": ("sampler", "frames")}),
-        "note": Node("MarkdownNote", (40, 880), (420, 360), "How to use", values={"": NOTE_4_STEPS}),
+        "note": Node("MarkdownNote", (-340, 60), (320, 640), "How to use", values={"": NOTE_4_STEPS}),
     }
 
 
@@ -182,7 +182,7 @@ def core_text_and_vae(negative: str) -> dict[str, Node]:
     }
     clip = {"clip": ("clip", "CLIP")}
     return {
-        "loader": Node("WanShardedLoader", (40, 60), (420, 560), values=files, models=("diffusion_models",)),
+        "loader": Node("WanShardedLoader", (40, 60), (420, 740), values=files, models=("diffusion_models",)),
         "clip": Node("CLIPLoader", (520, 60), (380, 110), values={"clip_name": UMT5, "type": "wan"}, models=("text_encoders",)),
         "positive": Node("CLIPTextEncode", (520, 220), (380, 130), "Positive", {"text": PROMPT}, clip),
         "negative": Node("CLIPTextEncode", (520, 400), (380, 150), "Negative", {"text": negative}, clip),
@@ -190,7 +190,7 @@ def core_text_and_vae(negative: str) -> dict[str, Node]:
         "image": Node("LoadImage", (520, 710), (380, 340), "Photo", {"image": "wan_sharded_example.jpg"}),
         "sampler": Node("WanShardedI2VSampler", (960, 60), (420, 880), links=links),
         "export": Node("WanShardedVideoExport", (1440, 60), (420, 480), links={"images": ("sampler", "frames")}),
-        "note": Node("MarkdownNote", (40, 700), (420, 350), "How to use", values={"": NOTE_CORE}),
+        "note": Node("MarkdownNote", (-340, 60), (320, 560), "How to use", values={"": NOTE_CORE}),
     }
 
 
@@ -201,8 +201,8 @@ def long_video() -> dict[str, Node]:
     last_frame, all_but_the_first = {"batch_index": 4095, "length": 1}, {"batch_index": 1, "length": 4096}
     joined = {"image1": ("first", "frames"), "image2": ("rest", "IMAGE")}
     return {
-        "loader": Node("WanShardedLoader", (40, 60), (420, 560), values={"model": MODEL}),
-        "image": Node("LoadImage", (40, 690), (420, 340), "Photo", {"image": "wan_sharded_example.jpg"}),
+        "loader": Node("WanShardedLoader", (40, 60), (420, 740), values={"model": MODEL}),
+        "image": Node("LoadImage", (-360, 60), (340, 340), "Photo", {"image": "wan_sharded_example.jpg"}),
         "first": Node("WanShardedI2VSampler", (520, 60), (420, 880), "First clip", {"positive": PROMPT}, first),
         "last": Node("ImageFromBatch", (1000, 60), (300, 110), "Last frame", last_frame, {"image": ("first", "frames")}),
         "second": Node("WanShardedI2VSampler", (1360, 60), (420, 880), "Second clip", {"positive": PROMPT_2}, second),
@@ -251,9 +251,10 @@ BUILD = """async ([workflowId, nodes]) => {
         made[name].pos = spec.pos;
         made[name].setSize(spec.size);
     }
+    const left = Math.min(...Object.values(nodes).map((spec) => spec.pos[0]));
     const right = Math.max(...Object.values(nodes).map((spec) => spec.pos[0] + spec.size[0]));
-    app.canvas.ds.scale = Math.min(0.8, 1600 / right);
-    app.canvas.ds.offset = [60, 170];
+    const scale = Math.min(0.8, 1560 / (right - left));
+    Object.assign(app.canvas.ds, { scale, offset: [90 / scale - left, 210] });  // right of the sidebar
     app.canvas.setDirty(true, true);
     await new Promise((done) => setTimeout(done, 1500));
     const { workflow, output } = await app.graphToPrompt();
