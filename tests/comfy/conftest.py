@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfy_looks import GPUS, LOOKS, Look
 from comfy_server import ComfyServer, prepare_base
+from frontends import BUNDLED, fetch_frontend
 from setup_env import comfyui_folder
 
 
@@ -43,13 +45,12 @@ def comfy_server(start_comfy_server: Callable[..., ComfyServer]) -> ComfyServer:
 @pytest.fixture(scope="session")
 def server_with(comfy_server: ComfyServer, start_comfy_server: Callable[..., ComfyServer]) -> Callable[[str], ComfyServer]:
     """A server that shows a frontend, by its version or "bundled"; one per frontend."""
-    comfy_browser = pytest.importorskip("comfy_browser", reason="playwright is not installed")
 
     @cache
     def server(frontend: str) -> ComfyServer:
-        if frontend == "bundled":
+        if frontend == BUNDLED:
             return comfy_server
-        root = comfy_browser.fetch_frontend(frontend)
+        root = fetch_frontend(frontend)
         if root is None:
             pytest.skip(f"frontend {frontend} could not be downloaded")
         return start_comfy_server(extra_arguments=["--front-end-root", str(root)])
@@ -66,3 +67,52 @@ def browser() -> Iterator[Any]:
             yield opened
     except comfy_browser.BrowserMissing as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(params=LOOKS, ids=str)
+def look(request: pytest.FixtureRequest) -> Look:
+    """Each frontend, with the classic canvas and with Nodes 2.0."""
+    return request.param
+
+
+@pytest.fixture
+def open_page(look: Look, browser: Any, server_with: Callable[[str], ComfyServer]) -> Iterator[Callable[..., Any]]:
+    """``open_page(gpus=2)``: a new tab, the way this look shows it, of a server that seems to have so many GPUs.
+
+    Further names are settings of the frontend. No tab may have had an error in this pack's scripts.
+    """
+    from comfy_browser import ComfyPage
+
+    pages: list[ComfyPage] = []
+
+    def open_one(gpus: int | None = None, **settings: Any) -> ComfyPage:
+        names = None if gpus is None else GPUS[gpus]
+        page = ComfyPage(browser, server_with(look.frontend).url, nodes_2=look.nodes_2, gpu_names=names, settings=settings)
+        pages.append(page)
+        return page
+
+    yield open_one
+    errors = [error for page in pages for error in page.errors]
+    for page in pages:
+        page.close()
+    assert [error for error in errors if "wan_sharded" in error] == []
+
+
+@pytest.fixture(scope="module")
+def kept_page(browser: Any, server_with: Callable[[str], ComfyServer]) -> Iterator[Callable[[Look], Any]]:
+    """A tab for each look that stays open for all of a module's tests, of a server that seems to have one GPU; same promise."""
+    from comfy_browser import ComfyPage
+
+    pages: dict[Look, ComfyPage] = {}
+
+    def page_of(look: Look) -> ComfyPage:
+        if look not in pages:
+            pages[look] = ComfyPage(browser, server_with(look.frontend).url, nodes_2=look.nodes_2, gpu_names=GPUS[1])
+            pages[look].open()
+        return pages[look]
+
+    yield page_of
+    errors = [error for page in pages.values() for error in page.errors]
+    for page in pages.values():
+        page.close()
+    assert [error for error in errors if "wan_sharded" in error] == []

@@ -2,14 +2,14 @@
 
 import json
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from comfy_looks import GPUS, LOADER, LOOKS, SAMPLER, Look
 from comfy_server import TINY_MODEL, ComfyServer
 
-GPUS = ["RTX 5060 Ti 16 GB", "RTX 3060 12 GB"]
-LOADER, SAMPLER = "WanShardedLoader", "WanShardedI2VSampler"
+TWO = GPUS[2]
 
 
 def gpu_bar(index: int, total: float, limit: float, *, measured: float | None = None, vae: float = 0) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def gpu_bar(index: int, total: float, limit: float, *, measured: float | None = 
         ("transformer_2", 1.0, True),
     ]
     return {
-        "label": f"GPU {index} · {GPUS[index]}", "total_gib": total, "limit_gib": limit, "automatic": False, "taken_gib": 0.5,
+        "label": f"GPU {index} · {TWO[index]}", "total_gib": total, "limit_gib": limit, "automatic": False, "taken_gib": 0.5,
         "parts": [{"kind": kind, "gib": gib, "waiting": waiting} for kind, gib, waiting in parts],
         "vae_gib": vae, "measured_gib": measured, "left_out": False,
     }  # fmt: skip
@@ -143,36 +143,6 @@ def test_a_loader_from_the_cache_shows_the_run(comfy_server: ComfyServer, tiny_p
 # ---- the page
 
 
-class Pages:
-    """Tabs in a headless browser, as a user may have them."""
-
-    def __init__(self, browser: Any, server_with: Callable[[str], ComfyServer]):
-        self._browser, self._server_with = browser, server_with
-        self._open: list[Any] = []
-
-    def open(self, frontend: str, *, nodes_2: bool, **settings: Any) -> Any:
-        from comfy_browser import ComfyPage
-
-        server = self._server_with(frontend)
-        page = ComfyPage(self._browser, server.url, nodes_2=nodes_2, gpu_names=GPUS, settings=settings)
-        self._open.append(page)
-        return page
-
-    def close(self) -> list[str]:
-        errors = [error for page in self._open for error in page.errors if "wan_sharded" in error]
-        for page in self._open:
-            page.close()
-        self._open.clear()
-        return errors
-
-
-@pytest.fixture
-def pages(browser: Any, server_with: Callable[[str], ComfyServer]) -> Iterator[Pages]:
-    opened = Pages(browser, server_with)
-    yield opened
-    assert opened.close() == []
-
-
 ELEMENT = "node.widgets.find((w) => w.name === 'wan_sharded_placement').element"
 
 
@@ -193,25 +163,17 @@ def widget_values(page: Any) -> list[Any]:
 
 
 MEASURED = [
-    f"GPU 0 · {GPUS[0]}, 10.7 of 15.0 GiB · peak 8.7",
-    f"GPU 1 · {GPUS[1]}, 10.7 of 11.0 GiB · peak 8.2",
+    f"GPU 0 · {TWO[0]}, 10.7 of 15.0 GiB · peak 8.7",
+    f"GPU 1 · {TWO[1]}, 10.7 of 11.0 GiB · peak 8.2",
     "System memory, 10.0 of 54.0 GiB",
 ]
 
 
-def frontends() -> list[str]:
-    comfy_browser = pytest.importorskip("comfy_browser", reason="playwright is not installed")
-    return ["bundled", comfy_browser.NEW_FRONTEND]
-
-
 @pytest.mark.browser
 @pytest.mark.slow
-@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
-@pytest.mark.parametrize("newest", [False, True], ids=["bundled", "newest"])
-def test_the_picture(pages: Pages, newest: bool, nodes_2: bool) -> None:
-    frontend = frontends()[newest]
-    name = f"placement-{frontend}-{'nodes2' if nodes_2 else 'classic'}"
-    page = pages.open(frontend, nodes_2=nodes_2)
+def test_the_picture(look: Look, open_page: Callable[..., Any]) -> None:
+    name = f"placement-{look}"
+    page = open_page(gpus=2)
     page.open_template("wan_i2v")
     before = widget_values(page)
     assert len(before) == 17 and seen(page) == []
@@ -255,14 +217,13 @@ def test_the_picture(pages: Pages, newest: bool, nodes_2: bool) -> None:
 
 @pytest.mark.browser
 @pytest.mark.slow
-@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes2"])
-def test_the_button_measures(pages: Pages, nodes_2: bool) -> None:
-    page = pages.open("bundled", nodes_2=nodes_2, **{"Comfy.ColorPalette": "light"})
+def test_the_button_measures(look: Look, open_page: Callable[..., Any]) -> None:
+    page = open_page(gpus=2, **{"Comfy.ColorPalette": "light"})
     page.open_template("wan_i2v")
     page.set_values(LOADER, weight_dtype="int8")
     page.set_values(SAMPLER, width=640, height=640, length=33)
     before = widget_values(page)
-    if nodes_2:
+    if look.nodes_2:
         page.page.get_by_role("button", name="Measure GPUs").click()
     else:
         page.on_node(LOADER, "node.widgets.find((w) => w.type === 'button').callback()")
@@ -271,13 +232,14 @@ def test_the_button_measures(pages: Pages, nodes_2: bool) -> None:
     assert "a block of width" in text and "int8 (computing in bf16), planned for 640x640x33" in text
     assert seen(page)[0].startswith("CPU, ")
     assert widget_values(page) == before
-    page.screenshot(f"placement-light-{'nodes2' if nodes_2 else 'classic'}")
+    page.screenshot(f"placement-light-{look}")
 
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_the_button_says_why_not(pages: Pages) -> None:
-    page = pages.open("bundled", nodes_2=False)
+@pytest.mark.parametrize("look", LOOKS[:1], ids=str)
+def test_the_button_says_why_not(open_page: Callable[..., Any]) -> None:
+    page = open_page(gpus=2)
     page.open_template("wan_i2v")
     page.set_values(SAMPLER, length=100_001)
     page.on_node(LOADER, "node.widgets.find((w) => w.type === 'button').callback()")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from comfy_server import PACK_NAME, ComfyServer
+from frontends import NEW_FRONTEND, fetch_frontend
 from make_locales import read_locale
 
 NODES = ("WanShardedLoader", "WanShardedLora", "WanShardedI2VSampler", "WanShardedVideoExport")
@@ -38,9 +39,9 @@ def test_a_chinese_page_shows_them(start_comfy_server: Callable[..., ComfyServer
     In a new frontend only: 1.32, the one of ComfyUI 0.3.75, loads its own Chinese over that of the packs.
     """
     comfy_browser = pytest.importorskip("comfy_browser", reason="playwright is not installed")
-    root = comfy_browser.fetch_frontend()
+    root = fetch_frontend()
     if root is None:
-        pytest.skip(f"frontend {comfy_browser.NEW_FRONTEND} could not be downloaded")
+        pytest.skip(f"frontend {NEW_FRONTEND} could not be downloaded")
     # A server of its own: ComfyUI keeps the language for all that follows.
     server = start_comfy_server(extra_arguments=["--front-end-root", str(root)])
     try:

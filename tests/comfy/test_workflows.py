@@ -3,7 +3,6 @@ with tiny models."""
 
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,23 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import torch
 from comfy_server import PACK_NAME, TINY_MODEL, ComfyServer
+from example_files import (
+    CORE,
+    EXPERTS,
+    FILES,
+    FOLDER,
+    FOUR_STEPS,
+    LONG,
+    NAMES,
+    api_workflow,
+    inputs_of,
+    named_model_files,
+    of_type,
+    ui_workflow,
+)
 from PIL import Image
-from tiny_checkpoint import make_text_encoder, make_tokenizer, make_vae
-from tiny_encoder_files import write_umt5_file, write_vae_file
-from tiny_loras import write_pair
-from tiny_single_files import file_names
 
-FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
-FOUR_STEPS = "wan_i2v_lightx2v_4steps"
-CORE, LONG = "wan_i2v_core_text_vae", "wan_i2v_long"
-NAMES = ["wan_i2v", "wan_first_last_frame", FOUR_STEPS, CORE, LONG]
-EXPERTS = {"model", "high_noise_model", "low_noise_model"}
-FILES = {*EXPERTS, "text_encoder", "vae", "high_noise_lora", "low_noise_lora"}
 # Widgets that are not at their defaults.
 CHANGED = {
     "wan_i2v": {"positive"},
@@ -38,14 +40,6 @@ NOTES = {"Note", "MarkdownNote"}
 WIDGET_TYPES = {"COMBO", "INT", "FLOAT", "STRING", "BOOLEAN"}
 # The frontend adds a widget after these; it is saved in the UI format only.
 CONTROL_VALUES = {"fixed", "increment", "decrement", "randomize"}
-
-
-def ui_workflow(name: str) -> dict[str, Any]:
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def api_workflow(name: str) -> dict[str, Any]:
-    return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def input_specs(info: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -81,16 +75,6 @@ def widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def of_type(prompt: dict[str, Any], class_type: str) -> list[dict[str, Any]]:
-    """The inputs of every node of a type."""
-    return [node["inputs"] for node in prompt.values() if node["class_type"] == class_type]
-
-
-def inputs_of(prompt: dict[str, Any], class_type: str) -> dict[str, Any]:
-    (inputs,) = of_type(prompt, class_type)
-    return inputs
-
-
 def make_small(prompt: dict[str, Any], seed: int) -> None:
     """Sizes for a CPU and the tiny checkpoint; core's Load CLIP gives way to the same at the size of the tiny file."""
     loader = inputs_of(prompt, "WanShardedLoader")
@@ -109,26 +93,10 @@ def frames_of(video: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def named_files(comfy_server: ComfyServer, tiny_single_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def named_files(comfy_server: ComfyServer, tiny_single_files: Path) -> Iterator[dict[str, str]]:
     """Tiny models of the right kinds, under the names that the examples ask for, in the server's folders: name -> folder."""
-    chosen = inputs_of(api_workflow(FOUR_STEPS), "WanShardedLoader")
-    made, generator = tmp_path_factory.mktemp("made"), torch.Generator().manual_seed(0)
-    spiece = made / "spiece.model"
-    encoder = make_text_encoder(len(make_tokenizer(spiece)), generator)
-    write_umt5_file(made / chosen["text_encoder"], encoder, spiece.read_bytes(), "fp8_scaled_old")
-    write_vae_file(made / chosen["vae"], make_vae(generator, num_res_blocks=2))
-    for part, level in (("transformer", "high"), ("transformer_2", "low")):
-        shutil.copy(tiny_single_files / file_names("fp8_scaled_old")[part], made / chosen[f"{level}_noise_model"])
-    loras = [file.name for file in write_pair(tiny_single_files / "diffusers", made)]
-    placed = {chosen["text_encoder"]: "text_encoders", chosen["vae"]: "vae", **dict.fromkeys(loras, "loras")}
-    placed |= {chosen[f"{level}_noise_model"]: "diffusion_models" for level in ("high", "low")}
-    targets = [comfy_server.base_dir / "models" / folder / name for name, folder in placed.items()]
-    for target in targets:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(made / target.name, target)
-    yield placed
-    for target in targets:
-        target.unlink()
+    with named_model_files(comfy_server.base_dir / "models", tiny_single_files) as placed:
+        yield placed
 
 
 @pytest.fixture(scope="module")

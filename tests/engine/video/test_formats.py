@@ -150,6 +150,26 @@ def test_alpha(label, tmp_path):
         assert np.abs(alpha - wanted).mean() < (3 if label == "webm (VP9)" else 1)
 
 
+# FFmpeg's decoder gives ProRes 4444 as 12 bits, whatever was encoded.
+@pytest.mark.parametrize(("label", "layout"), [("webm (VP9)", "yuva420p"), ("mov (ProRes)", "yuva444p12le"), ("mkv (FFV1)", "bgra")])
+def test_layout_with_alpha(label, layout, tmp_path):
+    with av.open(str(write_video(smooth(4), tmp_path / name_of(label), fps=16, format=label))) as container:
+        stream = container.streams.video[0]
+        decoder = av.CodecContext.create("libvpx-vp9", "r") if label == "webm (VP9)" else stream.codec_context
+        pictures = [picture for packet in container.demux(stream) for picture in decoder.decode(packet if packet.size else None)]
+    assert {picture.format.name for picture in pictures} == {layout}
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (4, "RGBA")])
+def test_layout_of_pictures(channels, mode, tmp_path):
+    for label in ("webp", "png sequence"):
+        path = write_video(smooth(channels), tmp_path / name_of(label), fps=16, format=label)
+        with Image.open(path / "00001.png" if path.is_dir() else path) as image:
+            assert image.mode == mode
+    header = (tmp_path / "a" / "00001.png").read_bytes()[:26]
+    assert header[24:26] == bytes([8, {3: 2, 4: 6}[channels]]), "8 bits a channel, without or with alpha"
+
+
 @pytest.mark.parametrize("label", [label for label in SOFTWARE if not FORMATS[label].alpha_pix_fmt])
 def test_alpha_is_dropped_where_there_is_none(label, tmp_path):
     assert (decoded(write_video(smooth(4), tmp_path / name_of(label), fps=16, format=label), label)[..., 3] == 255).all()
