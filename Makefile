@@ -24,9 +24,12 @@ demo:
 
 test:
 	@$(PYTHON) scripts/setup_env.py --dev
-	@$(VENV_PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not browser" $(ARGS) || [ $$? = 5 ]
-	@# A browser that draws takes what processors there are, so nothing runs beside it. 5: ARGS choose none of them.
-	@$(VENV_PYTHON) -m pytest -m browser $(ARGS) || [ $$? = 5 ]
+	@# A browser that draws takes what processors there are, so nothing runs beside it. 5: ARGS choose none of these tests.
+	@$(VENV_PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not browser" $(ARGS) || rest=$$?; \
+	[ $${rest:-0} = 0 ] || [ $$rest = 5 ] || exit $$rest; \
+	$(VENV_PYTHON) -m pytest -m browser $(ARGS) || browser=$$?; \
+	[ $${browser:-0} = 5 ] && exit $${rest:-0}; \
+	exit $${browser:-0}
 
 lint:
 	@$(PYTHON) scripts/setup_env.py --dev

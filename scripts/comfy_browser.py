@@ -100,15 +100,18 @@ class ComfyPage:
         if gpu_names is not None:
             self.page.route("**/object_info", imitate_gpus(gpu_names))
 
-    def open(self, query: str = "") -> None:
-        """Load ComfyUI's page and wait until the pack's nodes are there."""
+    def _go_to(self, query: str) -> None:
         self.page.goto(f"{self.url}/{query}")
         self.page.wait_for_function(LOADED, timeout=120_000)
+
+    def open(self, query: str = "") -> None:
+        """Load ComfyUI's page and wait until the pack's nodes are there."""
+        self._go_to(query)
         self.page.wait_for_timeout(1500)
 
     def open_template(self, name: str) -> None:
         """Open an example workflow the way a link to ComfyUI's template browser does."""
-        self.open(f"?template={name}&source={PACK_NAME}")
+        self._go_to(f"?template={name}&source={PACK_NAME}")
         self.page.wait_for_function("() => app.graph._nodes.some((node) => node.type === 'WanShardedLoader')", timeout=60_000)
         self.page.wait_for_timeout(1500)
 

@@ -256,6 +256,11 @@ def test_nodes_do_not_overlap(name: str):
     for index, (kind, left, top, right, bottom) in enumerate(boxes):
         for other, x0, y0, x1, y1 in boxes[index + 1 :]:
             assert right <= x0 or x1 <= left or bottom <= y0 or y1 <= top, f"{kind} and {other}"
+    # Those that grow: with the number of GPUs, and with what they show after a run.
+    for kind, left, _, right, bottom in boxes:
+        if kind in ("WanShardedLoader", "WanShardedI2VSampler", "WanShardedVideoExport"):
+            below = [other for other, x0, y0, x1, _ in boxes if x0 < right and left < x1 and y0 >= bottom]
+            assert below == [], f"below {kind}"
 
 
 def test_files_name_no_machine():
