@@ -9,28 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_module
-from diffusers import WanTransformer3DModel
-from torch import nn
 
 from .. import probe
 from ..checkpoints.lora import LoraChoice
 from ..checkpoints.stored import ComponentFiles
-from ..errors import CheckpointError
 from ..planning.placement import HOST, Placement, parts_of
-from ..transformer.lean_block import use_lean_blocks
 from ..transformer.low_precision import GGUF_CHUNK_BYTES
 from ..transformer.wan_block import FUSED, BlockMath, fused_name
 from . import hooks
 from .adapters import Adapters
+from .holding import NOWHERE, Holder, empty_transformer
 from .host_memory import HostPool
-from .keeping import Keeper, inside
+from .keeping import Keeper
 from .packing import Layout
 from .precision import Precision
 from .reading import TensorReader
 
-NOWHERE = torch.device("meta")
 CPU = torch.device("cpu")
 # Of a part's bytes, what may be converted each time it is read: norms and tables, never a matrix.
 CHEAP_SHARE = 0.05
@@ -79,47 +74,20 @@ class Expert:
         self._host_pool = host_pool or HostPool()
         self.files = files
         self.precision = precision
-        try:
-            with init_empty_weights(include_buffers=False):
-                model: Any = WanTransformer3DModel.from_config(dict(files.config))
-                self.model: WanTransformer3DModel = model.eval().requires_grad_(False)
-        except Exception as error:  # whatever a wrong value makes of the arithmetic; the cause is kept
-            raise CheckpointError(
-                f"{files.name} has a configuration (config.json) that makes no Wan transformer ({error}). Download it again."
-            ) from error
-        use_lean_blocks(self.model)
+        self.model = empty_transformer(files)
         self.math = BlockMath.of(self.model.config)
-        self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        self._check_names()
         self.parts = parts_of(self.model)
-        self._names = {part: [name for name in self._shapes if name == part or name.startswith(f"{part}.")] for part in self.parts}
+        self._holder = Holder(self.model, self.parts)
+        self._names = self._holder.names
         self._keeper = Keeper(self.model, files, precision, reader or TensorReader())
         self._adapters = Adapters()
-        # Part -> its tensors by their names inside it, and the LoRAs that are in them.
-        self._held: dict[str, dict[str, torch.Tensor]] = {}
+        # Part -> the LoRAs that are in its tensors.
         self._adapted: dict[str, Adapters] = {}
         self._packed: dict[str, Packed] = {}
         self._locations = dict.fromkeys(self.parts, NOWHERE)
         self._layouts: dict[Any, Layout] = {}
         self._layouts_of: dict[tuple[str, Any], Layout] = {}
         self._fetches: list[hooks.FetchHook] = []
-
-    def _check_names(self) -> None:
-        found = {name: stored.shape for name, stored in self.files.tensors.items()}
-        ignored = tuple(self.model._keys_to_ignore_on_load_unexpected or ())
-        missing = sorted(self._shapes.keys() - found.keys())
-        extra = sorted(name for name in found.keys() - self._shapes.keys() if not any(word in name for word in ignored))
-        if missing or extra:
-            words = [f"{len(missing)} missing, such as {missing[0]}"] if missing else []
-            words += [f"{len(extra)} unknown, such as {extra[0]}"] if extra else []
-            raise CheckpointError(
-                f"{self.files.name} does not match its configuration (config.json): tensors {'; '.join(words)}. Download it again."
-            )
-        for name, shape in self._shapes.items():
-            if shape != found[name]:
-                raise CheckpointError(
-                    f"{self.files.name}: tensor {name} is {list(found[name])}, but its configuration (config.json) wants {list(shape)}. Download it again."
-                )
 
     # ---- where parts are
 
@@ -201,7 +169,7 @@ class Expert:
         packed = self._packed.get(part)
         if packed is not None:
             return packed.layout.bind(packed.flat)
-        return {**self._held[part], **self.layout(part).kinds}
+        return {**self._holder.held(part), **self.layout(part).kinds}
 
     # ---- moving parts
 
@@ -223,7 +191,7 @@ class Expert:
                 self._adapt(part, stage if where == CPU else where)
             if where != device or (packed and part not in self._packed):
                 self._move(part, device, packed=packed or part in self._packed)
-        self._move_buffers(part, device)
+        self._holder.move_buffers(part, device)
         self._locations[part] = device
 
     def bring_into(self, part: str, flat: torch.Tensor, device: torch.device) -> None:
@@ -241,16 +209,16 @@ class Expert:
         elif part in self._packed:
             flat.copy_(self._packed[part].flat, non_blocking=True)
         else:
-            layout.fill(flat, self._held[part])
+            layout.fill(flat, self._holder.held(part))
         probe.wait_for_stream(str(device))
         self._keep(part, layout, flat)
-        self._move_buffers(part, device)
+        self._holder.move_buffers(part, device)
         self._locations[part] = device
 
     def park(self, part: str) -> None:
         """Have a part's weights wait in host memory, as they are."""
         self._move(part, CPU, packed=part in self._packed)
-        self._move_buffers(part, CPU)
+        self._holder.move_buffers(part, CPU)
         self._locations[part] = CPU
 
     def is_current(self, part: str) -> bool:
@@ -296,7 +264,7 @@ class Expert:
         packed = self._packed.get(part)
         try:
             if packed is None:
-                kept = {name: tensor for name, tensor in self._held.get(part, {}).items() if name in layout.specs}
+                kept = {name: tensor for name, tensor in self._holder.held(part).items() if name in layout.specs}
                 changed = self._keeper.loose(part, whole, new, convert_on)
                 self._hold(part, {**kept, **changed, **self._keeper.loose(part, added, new, convert_on, only_added=True)})
                 return
@@ -322,13 +290,13 @@ class Expert:
         """A part from device to device, or from loose tensors into one piece."""
         before, layout = self._packed.get(part), self.layout(part)
         if not packed:
-            self._hold(part, {name: tensor.to(device) for name, tensor in self._held[part].items()})
+            self._hold(part, {name: tensor.to(device) for name, tensor in self._holder.held(part).items()})
             return
         flat = self._flat(layout, device)
         if before is not None:
             flat.copy_(before.flat)
         else:
-            layout.fill(flat, self._held[part])
+            layout.fill(flat, self._holder.held(part))
             probe.synchronize(str(device))  # what was copied from is let go now
         self._keep(part, layout, flat)
 
@@ -350,40 +318,10 @@ class Expert:
             self._host_pool.give(before.flat)
 
     def _hold(self, part: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Have a part's modules hold these tensors, and nothing else; none: they are nowhere."""
-        for name in self._held.get(part, ()):
-            if name not in tensors:
-                owner, last = self._owner(part, name)
-                owner._parameters.pop(last, None)
-        nowhere = {
-            name: torch.empty(self._shapes[full], device=NOWHERE)
-            for full in self._names[part]
-            if (name := inside(part, full)) not in tensors
-        }
-        for name, tensor in {**nowhere, **tensors}.items():
-            owner, last = self._owner(part, name)
-            owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
-        if tensors:
-            self._held[part] = tensors
-        else:
-            self._held.pop(part, None)
-        if part.startswith("blocks.") and part in self._held:
+        self._holder.hold(part, tensors)
+        if tensors and part.startswith("blocks."):
             module: Any = self.model.get_submodule(part)
             module.weight_kinds = self.layout(part).kinds
-
-    def _owner(self, part: str, name: str) -> tuple[nn.Module, str]:
-        """The module that has a tensor of a part as its parameter, and the parameter's name there."""
-        if part in self._shapes:
-            return self.model, part
-        path, _, last = name.rpartition(".")
-        return self.model.get_submodule(f"{part}.{path}" if path else part), last
-
-    def _move_buffers(self, part: str, device: torch.device) -> None:
-        if part in self.model._modules:
-            for module in self.model.get_submodule(part).modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        module._buffers[name] = buffer.to(device)
 
     # ---- computing
 
