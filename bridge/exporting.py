@@ -130,6 +130,14 @@ class _Frames(VideoInput):
     def save_to(self, *args: Any, **kwargs: Any) -> None:
         VideoFromComponents(self.get_components()).save_to(*args, **kwargs)
 
+    def as_trimmed(self, *args: Any, **kwargs: Any) -> Any:
+        """Asked of every VIDEO by newer ComfyUI."""
+        return VideoFromComponents(self.get_components()).as_trimmed(*args, **kwargs)
+
+    def _comfy_cache_tensors(self) -> list[torch.Tensor]:
+        """What newer ComfyUI's cache counts as held by this."""
+        return [self._images]
+
 
 def _shown(
     row: VideoFormat, path: Path, subfolder: str, folder_type: io.FolderType, still: Path | None, notes: list[str]

@@ -92,7 +92,7 @@ def describe(handle: ModelHandle) -> tuple[str, list[dict[str, object]]]:
     """The placement a handle would have now, in words and as bars; says why where it would not fit."""
     with OWNER.lock:
         try:
-            plan = OWNER.dry_plan(handle, probe.probe_machine(), DEFAULT_SHAPE, reserved_bytes=memory.reserved_bytes())
+            plan = OWNER.dry_plan(handle, probe.probe_machine(), DEFAULT_SHAPE, reserve=memory.reserve())
         except PlacementError as error:
             return f"{DEFAULT_SHAPE} would not fit: {error}", []
         return plan_report(plan), as_json(plan_bars(plan, own_vae=handle.model.vae is not None))

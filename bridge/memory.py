@@ -7,12 +7,22 @@ from functools import cache
 
 import comfy.model_management as management
 import torch
+from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..engine import OWNER
 from ..engine.handle import ModelHandle
+from ..engine.planning.budgets import NO_RESERVE, Reserve
 from ..engine.planning.devices import GIB, Machine
+
+try:
+    import comfy.memory_management as memory_management  # newer ComfyUI
+except ImportError:
+    memory_management = None
+
+# Of a video, and what else may come while the weights stay.
+FRAMES_BYTES = GIB
 
 
 class GpuShare(ModelPatcher):
@@ -46,11 +56,11 @@ class GpuShare(ModelPatcher):
         """Nothing to do: the owner loads when a sampler runs."""
         return 0
 
-    def partially_unload(self, device_to, memory_to_free=0, *args, **kwargs) -> int:
+    def partially_unload(self, device_to, memory_to_free=0, *args, **kwargs) -> float:
         """Park weights on this device until ``memory_to_free`` bytes are free there, or none are left.
 
         Returns:
-            ``memory_to_free``: there is nothing more to be had from us here, and core would detach everything otherwise.
+            ``memory_to_free``, unrounded: there is nothing more to be had from us here, and for any less core would detach everything.
         """
         with OWNER.lock:
             loaded = OWNER.loaded
@@ -60,10 +70,16 @@ class GpuShare(ModelPatcher):
                     if budget.device.torch_device == str(self.load_device):
                         loaded.make_room(budget.device.index, 0, max(0, held - int(memory_to_free)))
             management.soft_empty_cache()
-        return int(memory_to_free)
+        return memory_to_free
 
     def detach(self, unpatch_all=True) -> nn.Module:
-        """Let go of what is here, or of everything where this is the default device ("unload models")."""
+        """Let go of what is here, or of everything where this is the default device ("unload models").
+
+        Args:
+            unpatch_all: core's ``load_models_gpu`` gives False where it lists a model anew; nothing is to go then.
+        """
+        if not unpatch_all:
+            return self.model
         if self._is_default:
             OWNER.release()
         else:
@@ -102,8 +118,20 @@ def register(torch_devices: Iterable[str]) -> None:
     new = [share for share in shares if share not in known]
     if new:
         management.load_models_gpu(new)
+    # As of a model that is in use, newer ComfyUI would make room for all of it again whenever a node loads its models "back".
+    for listed in management.current_loaded_models:
+        if isinstance(listed.model, GpuShare):
+            listed.currently_used = False
 
 
-def reserved_bytes() -> int:
-    """What ComfyUI wants left free on every GPU."""
-    return int(management.extra_reserved_memory())
+def reserve() -> Reserve:
+    """What ComfyUI wants left alone: its reserve on every GPU, and the system memory below which it drops results from its cache."""
+    before_dropping = max(float(getattr(memory_management, "RAM_CACHE_HEADROOM", 0)), _cache_ram_gib() * GIB)
+    host_bytes = int(before_dropping) + FRAMES_BYTES if before_dropping else 0
+    return Reserve(int(management.extra_reserved_memory()), max(NO_RESERVE.host_bytes, host_bytes))
+
+
+def _cache_ram_gib() -> float:
+    """``--cache-ram`` of older ComfyUI; newer ComfyUI does so by itself, with a headroom of its own."""
+    given = getattr(args, "cache_ram", 0)
+    return float(given) if isinstance(given, int | float) else 0.0

@@ -105,7 +105,7 @@ def _previewer(device: torch.device):
     """What turns latents into pictures by the user's settings; another pack may have put its own in place of core's."""
     if args.preview_method != LatentPreviewMethod.NoPreviews:
         return latent_preview.get_previewer(device, Wan21())
-    if "--preview-method" in sys.argv or _run_asks_for_none():
+    if any(word.split("=")[0] == "--preview-method" for word in sys.argv) or _run_asks_for_none():
         return None
     return latent_preview.Latent2RGBPreviewer(Wan21.latent_rgb_factors, Wan21.latent_rgb_factors_bias)
 

@@ -51,7 +51,7 @@ async def _calibrate(request: web.Request) -> web.Response:
         options = read_options(await _body(request))
         if PromptServer.instance.prompt_queue.get_tasks_remaining():
             raise BusyError("A prompt is running or waiting. Wait until it is done, or cancel it, and measure again.")
-        found = await asyncio.to_thread(calibrate, OWNER, **options, reserved_bytes=memory.reserved_bytes())
+        found = await asyncio.to_thread(calibrate, OWNER, **options, reserve=memory.reserve())
     except InvalidRequestError as error:
         return web.json_response({"error": str(error)}, status=400)
     except BusyError as error:

@@ -84,7 +84,7 @@ def sample_i2v(
     memory.make_room(handle, machine)
     memory.register(device.torch_device for device in machine.devices if handle.max_memory_gib.get(device.index, 0) >= 0)
     progress = RunProgress(node_id, steps)
-    result = IMAGE_TO_VIDEO(handle, request, progress.callbacks, vae=vae, reserved_bytes=memory.reserved_bytes())
+    result = IMAGE_TO_VIDEO(handle, request, progress.callbacks, vae=vae, reserve=memory.reserve())
     show_on_node(loader_id, "\n".join((*handle.model.notes, result.placement)))
     show_placement(loader_id, result.bars)
     text = "\n".join((*notes, *result.notes))

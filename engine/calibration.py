@@ -22,6 +22,7 @@ from .owner import ModelOwner
 from .parallel.measure import NEEDED_BYTES, BlockSpeed, measure_block, measure_link
 from .pipeline.request import fit_size
 from .planning.bars import Bar
+from .planning.budgets import NO_RESERVE, Reserve
 from .planning.devices import DeviceInfo, Machine, gib
 from .planning.footprint import VideoShape
 from .reports import plan_bars, plan_report
@@ -94,7 +95,7 @@ def calibrate(
     offload: str = "auto",
     max_memory_gib: Mapping[int, float] | None = None,
     measure: bool = True,
-    reserved_bytes: int = 0,
+    reserve: Reserve = NO_RESERVE,
 ) -> Calibration:
     """Measure the devices and their links for some seconds, and plan for a size. What is loaded is let go if its room is needed.
 
@@ -104,7 +105,7 @@ def calibrate(
         weight_dtype: "default" counts as bf16 here.
         device_map, execution, offload, max_memory_gib: as for :func:`engine.open_model`.
         measure: compute and copy; else only say what there is.
-        reserved_bytes: what the application wants left alone on each GPU.
+        reserve: what the application around us wants left alone.
 
     Raises:
         BusyError: a video is being made, or another calibration is under way.
@@ -122,7 +123,7 @@ def calibrate(
             machine = probe.probe_machine()
         devices = tuple(_device_speed(device, measure=measure) for device in machine.devices)
         links = tuple(_links(machine, measure=measure))
-        bars, plan = _planned(owner, handle, machine, shape, reserved_bytes)
+        bars, plan = _planned(owner, handle, machine, shape, reserve)
     finally:
         owner.lock.release()
     text = "\n".join([*environment_lines(machine), *map(_device_line, devices), *map(_link_line, links), *notes, f"{MODEL_NAME}: {plan}"])
@@ -135,11 +136,9 @@ def model_shape() -> ModelFiles:
     return ModelFiles(MODEL_NAME, {HIGH_NOISE: files, LOW_NOISE: files}, None, None, None, fingerprint="")
 
 
-def _planned(
-    owner: ModelOwner, handle: ModelHandle, machine: Machine, shape: VideoShape, reserved_bytes: int
-) -> tuple[tuple[Bar, ...], str]:
+def _planned(owner: ModelOwner, handle: ModelHandle, machine: Machine, shape: VideoShape, reserve: Reserve) -> tuple[tuple[Bar, ...], str]:
     try:
-        plan = owner.dry_plan(handle, machine, shape, reserved_bytes=reserved_bytes)
+        plan = owner.dry_plan(handle, machine, shape, reserve=reserve)
     except PlacementError as error:
         return (), f"{shape} would not fit: {error}"
     return plan_bars(plan, own_vae=True), plan_report(plan)

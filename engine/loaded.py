@@ -22,7 +22,7 @@ from .parallel.state import Timing
 from .planning.budgets import Budget
 from .planning.devices import GIB, DeviceInfo, gib
 from .planning.placement import HOST, Placement
-from .plans import HOST_RESERVE_BYTES, Plan
+from .plans import Plan
 from .weights.expert import CPU, Expert
 from .weights.host_memory import HostPool
 from .weights.precision import Precision
@@ -200,9 +200,8 @@ class LoadedModel:
         # Leftovers of conversions would stand in the way of activations.
         probe.release_cached([b.device.torch_device for b in plan.budgets])
 
-    @staticmethod
-    def _host_has_room(part_bytes: int) -> bool:
-        return psutil.virtual_memory().available - HOST_RESERVE_BYTES >= part_bytes
+    def _host_has_room(self, part_bytes: int) -> bool:
+        return psutil.virtual_memory().available - self._planned().reserve.host_bytes >= part_bytes
 
     # ---- what a run says of itself
 

@@ -14,6 +14,7 @@ import torch
 from . import probe
 from .handle import ModelHandle
 from .loaded import LoadedModel
+from .planning.budgets import NO_RESERVE, Reserve
 from .planning.devices import Machine
 from .planning.footprint import VideoShape
 from .plans import Plan, make_plan, still_holds
@@ -33,7 +34,7 @@ class ModelOwner:
     def loaded(self) -> LoadedModel | None:
         return self._loaded
 
-    def obtain(self, handle: ModelHandle, machine: Machine, shape: VideoShape, *, reserved_bytes: int = 0) -> LoadedModel:
+    def obtain(self, handle: ModelHandle, machine: Machine, shape: VideoShape, *, reserve: Reserve = NO_RESERVE) -> LoadedModel:
         """The loaded model of a handle with a plan for a size; weights arrive with ``activate``.
 
         The plan in force is kept when it holds for this run too, so that nothing moves needlessly.
@@ -42,12 +43,12 @@ class ModelOwner:
             handle: the model and how to spread it.
             machine: the devices as they are now.
             shape: the run's size.
-            reserved_bytes: what the application wants left alone on each GPU.
+            reserve: what the application around us wants left alone.
 
         Raises:
             CheckpointError, PlacementError, UnsupportedError: see there; what was loaded before stays.
         """
-        key, loaded, plan = self._prepare(handle, machine, shape, reserved_bytes)
+        key, loaded, plan = self._prepare(handle, machine, shape, reserve)
         if loaded is not self._loaded:
             self.release()
             self._loaded, self._key = loaded, key
@@ -59,12 +60,12 @@ class ModelOwner:
         self._handle = handle
         return loaded
 
-    def dry_plan(self, handle: ModelHandle, machine: Machine, shape: VideoShape, *, reserved_bytes: int = 0) -> Plan:
+    def dry_plan(self, handle: ModelHandle, machine: Machine, shape: VideoShape, *, reserve: Reserve = NO_RESERVE) -> Plan:
         """The plan :meth:`obtain` would make; loads and changes nothing. Arguments and errors as there."""
-        return self._prepare(handle, machine, shape, reserved_bytes)[2]
+        return self._prepare(handle, machine, shape, reserve)[2]
 
     def _prepare(
-        self, handle: ModelHandle, machine: Machine, shape: VideoShape, reserved_bytes: int
+        self, handle: ModelHandle, machine: Machine, shape: VideoShape, reserve: Reserve
     ) -> tuple[tuple[Any, ...], LoadedModel, Plan]:
         """The identity of what a handle needs loaded, that model (ours if it is the same, else one without weights), a plan."""
         on_gpu = machine.devices[0].is_gpu
@@ -74,7 +75,7 @@ class ModelOwner:
         key = (handle.model.name, handle.model.fingerprint, precision)
         loaded = self._loaded if self._key == key and self._loaded is not None else LoadedModel(handle, precision)
         # What another model holds now is let go before this one arrives, so it counts as free.
-        plan = make_plan(handle, loaded, machine, shape, notes, in_memory=self._loaded or loaded, reserved_bytes=reserved_bytes)
+        plan = make_plan(handle, loaded, machine, shape, notes, in_memory=self._loaded or loaded, reserve=reserve)
         return key, loaded, plan
 
     def held_bytes(self) -> dict[str, int]:

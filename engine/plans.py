@@ -13,8 +13,8 @@ from .checkpoints.stored import HIGH_NOISE
 from .errors import PlacementError
 from .handle import ModelHandle
 from .planning.advice import advice
-from .planning.budgets import Budget, budgets_for
-from .planning.devices import GIB, Machine
+from .planning.budgets import NO_RESERVE, Budget, Reserve, budgets_for
+from .planning.devices import Machine
 from .planning.footprint import VideoShape, transformer_activation_bytes, worker_activation_bytes
 from .planning.forecast import WORSE_BY, Forecast, Work, forecast, speed_shares
 from .planning.placement import HOST, Placement, place_expert
@@ -22,8 +22,6 @@ from .planning.remedies import check_host_memory, length_remedy
 from .weights.expert import CPU, Expert
 from .weights.precision import Precision
 
-# System memory that parked weights never take.
-HOST_RESERVE_BYTES = 2 * GIB
 # Shares are planned by guessed speeds and corrected by measured ones; so much more than planned a device may be given.
 SHARE_MARGIN = 1.15
 
@@ -59,6 +57,7 @@ class Plan:
         shares: device index -> the fraction of the tokens it is expected to compute; all 1 where one device computes at a time.
         expected: of one forward, where the devices' speeds are known.
         host_bytes: system memory that weights may take.
+        reserve: what the application around us wants left alone.
     """
 
     shape: VideoShape
@@ -71,6 +70,7 @@ class Plan:
     shares: Mapping[int, float]
     expected: Forecast | None = None
     host_bytes: int = 0
+    reserve: Reserve = NO_RESERVE
 
     @property
     def fragmentation(self) -> float:
@@ -220,7 +220,7 @@ def make_plan(
     notes: tuple[str, ...] = (),
     *,
     in_memory: PlannedModel,
-    reserved_bytes: int = 0,
+    reserve: Reserve = NO_RESERVE,
 ) -> Plan:
     """Homes for both experts for a run of a size. Moves nothing.
 
@@ -231,14 +231,14 @@ def make_plan(
         shape: the run's size.
         notes: to be repeated in the plan.
         in_memory: whose weights are on the devices now; they count as free.
-        reserved_bytes: what the application wants left alone on each GPU.
+        reserve: what the application around us wants left alone.
 
     Raises:
         PlacementError: it does not fit; the message names the slider and the value, and the length that would fit.
     """
     held = {d.index: in_memory.resident_bytes(torch.device(d.torch_device)) for d in machine.devices}
-    budgets, budget_notes = budgets_for(machine, handle.max_memory_gib, held_bytes=held, reserved_bytes=reserved_bytes)
-    host_bytes = max(0, machine.host_available_bytes - HOST_RESERVE_BYTES + in_memory.resident_bytes(CPU))
+    budgets, budget_notes = budgets_for(machine, handle.max_memory_gib, held_bytes=held, reserve=reserve)
+    host_bytes = max(0, machine.host_available_bytes - reserve.host_bytes + in_memory.resident_bytes(CPU))
     planner = _Planner(handle, loaded, machine, host_bytes)
     ways = _ways(handle.execution, budgets)
     found = _fitting(planner, ways, shape)
@@ -269,6 +269,7 @@ def make_plan(
         planner.shares(way),
         expected,
         host_bytes,
+        reserve,
     )
 
 

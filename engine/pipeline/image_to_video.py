@@ -18,6 +18,7 @@ from ..handle import ModelHandle
 from ..loaded import LoadedModel
 from ..owner import ModelOwner
 from ..planning.bars import Bar
+from ..planning.budgets import NO_RESERVE, Reserve
 from ..planning.devices import GIB, Machine, gib
 from ..reports import plan_bars, plan_report
 from .callbacks import Callbacks, StepReport
@@ -71,7 +72,7 @@ class ImageToVideo:
         callbacks: Callbacks | None = None,
         *,
         vae: VideoVae | None = None,
-        reserved_bytes: int = 0,
+        reserve: Reserve = NO_RESERVE,
     ) -> VideoResult:
         """Make the video.
 
@@ -80,7 +81,7 @@ class ImageToVideo:
             request: what to make.
             callbacks: progress and cancel.
             vae: replaces the model's own.
-            reserved_bytes: what the application wants left alone on each GPU.
+            reserve: what the application around us wants left alone.
 
         Raises:
             WanShardedError: bad input, model or memory limits, with the remedy. Nothing stays half done.
@@ -88,7 +89,7 @@ class ImageToVideo:
         callbacks = callbacks or Callbacks()
         with self.owner.lock, torch.inference_mode():
             try:
-                loaded = self.owner.obtain(handle, self._probe_machine(), request.shape, reserved_bytes=reserved_bytes)
+                loaded = self.owner.obtain(handle, self._probe_machine(), request.shape, reserve=reserve)
                 limits = self._limits(loaded)
                 loaded.ceilings.update({torch.device(device): limit for device, limit in limits.items()})
                 try:

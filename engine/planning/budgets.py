@@ -35,12 +35,28 @@ class Budget:
         return max(0, self.limit_bytes - (CONTEXT_BYTES if self.device.is_gpu else 0))
 
 
+@dataclass(frozen=True)
+class Reserve:
+    """What the application around us (ComfyUI) wants left alone, bytes.
+
+    Attributes:
+        gpu_bytes: on every GPU whose limit is automatic.
+        host_bytes: of system memory, which is not filled up to the last in any case.
+    """
+
+    gpu_bytes: int = 0
+    host_bytes: int = 2 * GIB
+
+
+NO_RESERVE = Reserve()
+
+
 def budgets_for(
     machine: Machine,
     sliders_gib: Mapping[int, float],
     *,
     held_bytes: Mapping[int, int] | None = None,
-    reserved_bytes: int = 0,
+    reserve: Reserve = NO_RESERVE,
 ) -> tuple[tuple[Budget, ...], tuple[str, ...]]:
     """The budgets of the devices that take part, and notes for people.
 
@@ -48,7 +64,7 @@ def budgets_for(
         machine: the devices.
         sliders_gib: GiB per visible index; 0 or missing = automatic, -1 = leave out. Entries for absent GPUs are ignored.
         held_bytes: what this pack itself holds on each device now; counts as free.
-        reserved_bytes: what the application around us wants left alone on every GPU (ComfyUI's reserve).
+        reserve: what the application around us wants left alone.
 
     Raises:
         InvalidRequestError: a slider is neither -1, 0 nor positive.
@@ -61,7 +77,7 @@ def budgets_for(
         if slider == -1:
             continue
         free = device.free_bytes + (held_bytes or {}).get(device.index, 0)
-        budgets.append(_budget(device, slider, min(free, device.total_bytes), reserved_bytes, notes))
+        budgets.append(_budget(device, slider, min(free, device.total_bytes), reserve.gpu_bytes, notes))
     if not budgets:
         names = ", ".join(device.label for device in machine.devices)
         raise PlacementError(f"Every GPU is left out (slider -1): {names}. Set at least one slider to 0 or to a limit in GiB.")

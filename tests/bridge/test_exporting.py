@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 import comfy.model_management  # noqa: E402
 import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
+from comfy_api.input_impl import VideoFromComponents  # noqa: E402
 from comfy_api.latest import Input  # noqa: E402
 from wan_sharded.bridge.exporting import checked_prefix, export  # noqa: E402
 from wan_sharded.engine.errors import ExportError, InvalidRequestError  # noqa: E402
@@ -201,6 +202,16 @@ def test_core_video_nodes_take_every_format(format, output):
     assert ("sound was left out" in text) == (not row.audio_codec)
     assert ("workflow was left out" in text) == (format == "gif")
     assert ("animated" in shown) == (bool(row.preview) and format not in ("gif", "png sequence"))
+
+
+@pytest.mark.parametrize("format", [label for label, row in FORMATS.items() if not row.core_reads])
+def test_newer_comfyui_may_trim_the_output(format, output, monkeypatch):
+    """There every VIDEO must say how it is cut, and the cache asks what it holds."""
+    monkeypatch.setattr(VideoFromComponents, "as_trimmed", lambda self, **how: (self.get_components(), how), raising=False)
+    video, _, _ = export(**request(format=format))
+    components, how = video.as_trimmed(start_time=1.0, duration=2.0)
+    assert components.images.shape == (6, 32, 48, 3) and how == {"start_time": 1.0, "duration": 2.0}
+    assert [tensor.shape for tensor in video._comfy_cache_tensors()] == [components.images.shape]
 
 
 def test_png_sequence_is_a_numbered_folder(output):

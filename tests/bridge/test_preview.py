@@ -112,8 +112,9 @@ def test_who_resizes_it_has_a_picture() -> None:
     assert Image.open(jpeg).size == (8, 6)
 
 
-def test_none_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["main.py", "--preview-method", "none"])
+@pytest.mark.parametrize("words", [["--preview-method", "none"], ["--preview-method=none"]])
+def test_none_is_honoured(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py", *words])
     assert LivePreview(CPU).picture(report(noise(5, 6, 8))) is None
 
 

@@ -21,6 +21,7 @@ from wan_sharded.bridge.core_vae import CoreVae  # noqa: E402
 from wan_sharded.bridge.sampling import sample_i2v  # noqa: E402
 from wan_sharded.engine import OWNER, ModelHandle, open_model  # noqa: E402
 from wan_sharded.engine.errors import InvalidRequestError  # noqa: E402
+from wan_sharded.engine.planning.devices import GIB  # noqa: E402
 
 SAMPLER: dict[str, Any] = {
     "node_id": None, "loader_id": None, "positive": "a boat", "negative": "blurred", "width": 64, "height": 48, "length": 5, "batch_size": 1, "seed": 7,
@@ -227,3 +228,33 @@ def test_our_shares_report_what_is_held(handle: ModelHandle, image: torch.Tensor
     assert share.model_size() == share.loaded_size()
     OWNER.release()
     assert share.loaded_size() == 0 and share.model_size() == 1
+
+
+def test_another_model_that_needs_room_does_not_drop_everything(handle: ModelHandle, image: torch.Tensor) -> None:
+    """Core asks for amounts with a fraction, and takes a rounded answer for too little."""
+    expected = sample(handle, image)[0]
+    management.free_memory(1000.5, management.get_torch_device())
+    assert OWNER.loaded is not None
+    assert torch.equal(sample(handle, image)[0], expected)
+
+
+def test_loading_models_back_drops_nothing(handle: ModelHandle, image: torch.Tensor) -> None:
+    """What core's ControlNet and some packs do around an encode of their own."""
+    sample(handle, image)
+    used = management.loaded_models(only_currently_used=True)
+    assert not any(isinstance(model, memory.GpuShare) for model in used)
+    held = OWNER.held_bytes()
+    management.load_models_gpu(management.loaded_models())
+    assert OWNER.loaded is not None and OWNER.held_bytes() == held
+
+
+@pytest.mark.parametrize(
+    ("newer", "older", "left_gib"), [(None, None, 2), (None, 4.0, 5), (6 * GIB, None, 7), (GIB // 2, None, 2), (6 * GIB, 0.0, 7)]
+)
+def test_system_memory_that_comfyuis_cache_needs_is_left(
+    monkeypatch: pytest.MonkeyPatch, newer: int | None, older: float | None, left_gib: float
+) -> None:
+    """Below it, ComfyUI would drop finished videos from its cache after each node."""
+    monkeypatch.setattr(memory, "memory_management", None if newer is None else SimpleNamespace(RAM_CACHE_HEADROOM=newer))
+    monkeypatch.setattr(cli_args.args, "cache_ram", older, raising=False)
+    assert memory.reserve().host_bytes == left_gib * GIB

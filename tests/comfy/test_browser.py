@@ -142,7 +142,8 @@ def test_example_runs_and_shows_everything(look: Look, open_page: Callable[..., 
     page.page.wait_for_timeout(500)
     dropped, dropped_api = page.save()
     assert dropped_api == api
-    assert [(node["type"], node["pos"]) for node in dropped["nodes"]] == [(node["type"], node["pos"]) for node in workflow["nodes"]]
+    for came_back, node in zip(dropped["nodes"], workflow["nodes"], strict=True):
+        assert came_back["type"] == node["type"] and came_back["pos"] == pytest.approx(node["pos"], abs=0.1)  # Nodes 2.0 measures anew
 
 
 def test_cancel_and_run_again(look: Look, open_page: Callable[..., Any]):
@@ -176,6 +177,8 @@ def test_missing_files_are_offered_for_download(look: Look, open_page: Callable[
         if str(file).endswith(".safetensors"):
             page.page.get_by_text(file).locator("visible=true").first.wait_for(timeout=10_000)
     page.screenshot(f"{look}-missing")
+    page.page.keyboard.press("Escape")
+    page.load(ui_workflow("wan_i2v"))  # the next tab shows what this one shows last, with this dialog
 
 
 def test_a_blueprint_from_the_node_library_makes_a_video(look: Look, open_page: Callable[..., Any]):

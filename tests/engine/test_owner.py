@@ -19,7 +19,7 @@ from wan_sharded.engine import loaded as loaded_module
 from wan_sharded.engine import open_model
 from wan_sharded.engine.errors import PlacementError
 from wan_sharded.engine.owner import ModelOwner
-from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES
+from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES, NO_RESERVE
 from wan_sharded.engine.planning.devices import GIB
 from wan_sharded.engine.planning.placement import HOST
 from wan_sharded.engine.weights.expert import CPU, NOWHERE
@@ -111,7 +111,7 @@ def test_nothing_is_parked_where_the_host_is_full(
     bench: Callable[..., Bench], checkpoint: Path, make_request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full:
-        available = loaded_module.HOST_RESERVE_BYTES + MIB
+        available = NO_RESERVE.host_bytes + MIB
 
     monkeypatch.setattr(loaded_module.psutil, "virtual_memory", lambda: Full)
     expert = TinyExpert(checkpoint, "bf16")

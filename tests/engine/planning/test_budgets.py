@@ -5,7 +5,7 @@ import math
 import pytest
 from imagined_machine import gpu, machine
 from wan_sharded.engine.errors import InvalidRequestError, PlacementError
-from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES, Budget, budgets_for
+from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES, Budget, Reserve, budgets_for
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo
 
 TWO = machine(gpu(0, 16, 15), gpu(1, 12, 11))
@@ -39,7 +39,7 @@ def test_automatic_is_what_is_free_less_a_margin(sliders: dict[int, float]) -> N
 
 def test_the_applications_reserve_is_left_alone() -> None:
     without, _ = budgets_for(TWO, {})
-    reserved, _ = budgets_for(TWO, {}, reserved_bytes=GIB)
+    reserved, _ = budgets_for(TWO, {}, reserve=Reserve(gpu_bytes=GIB))
     assert [a.usable_bytes - b.usable_bytes for a, b in zip(without, reserved, strict=True)] == [GIB, GIB]
 
 
