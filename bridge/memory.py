@@ -15,11 +15,15 @@ from ..engine import OWNER
 from ..engine.handle import ModelHandle
 from ..engine.planning.budgets import NO_RESERVE, Reserve
 from ..engine.planning.devices import GIB, Machine
+from ..engine.weights.host_memory import PAGE_LOCKING
 
 try:
     import comfy.memory_management as memory_management  # newer ComfyUI
 except ImportError:
     memory_management = None
+
+PAGE_LOCKING.allowed = not getattr(args, "disable_pinned_memory", False)
+PAGE_LOCKING.others_bytes = lambda: int(getattr(management, "TOTAL_PINNED_MEMORY", 0))
 
 # Of a video, and what else may come while the weights stay.
 FRAMES_BYTES = GIB

@@ -18,6 +18,7 @@ from . import probe
 from .checkpoints.stored import HIGH_NOISE, LOW_NOISE, ModelFiles
 from .errors import BusyError, PlacementError
 from .handle import ModelHandle
+from .memory_errors import is_out_of_memory
 from .owner import ModelOwner
 from .parallel.measure import NEEDED_BYTES, BlockSpeed, measure_block, measure_link
 from .pipeline.request import fit_size
@@ -156,7 +157,9 @@ def _device_speed(device: DeviceInfo, *, measure: bool) -> DeviceSpeed:
         )
     try:
         return DeviceSpeed(device, measure_block(device))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return DeviceSpeed(device, None, "not measured: it ran out of memory. Unload models or close programs, and measure again")
 
 
@@ -177,7 +180,9 @@ def _links(machine: Machine, *, measure: bool) -> list[LinkSpeed]:
 def _link_speed(source: torch.device, target: torch.device) -> float | None:
     try:
         return measure_link(source, target)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None
 
 

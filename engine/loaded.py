@@ -3,26 +3,24 @@
 Made and kept by the owner of loaded models; the pipeline asks it for an expert, or for room on a device. Knows no files and no pictures.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 
 from . import probe
 from .checkpoints.lora import LoraChoice
-from .checkpoints.stored import EXPERT_WORDS, HIGH_NOISE
+from .checkpoints.stored import EXPERT_WORDS
 from .computing import Computing, timings_of
 from .handle import ModelHandle
 from .handover import Handover, can_hand_over
 from .parallel.forward import ParallelForward
 from .parallel.state import Timing
 from .planning.budgets import Budget
-from .planning.devices import GIB, DeviceInfo, gib
+from .planning.devices import gib
 from .planning.placement import HOST, Placement
 from .plans import Plan
+from .system_memory import system_memory
 from .weights.expert import CPU, Expert
 from .weights.host_memory import HostPool
 from .weights.precision import Precision
@@ -30,8 +28,6 @@ from .weights.reading import TensorReader
 
 # Called with (parts done, parts in all, what is being loaded); may raise to cancel.
 OnLoad = Callable[[int, int, str], None]
-# What moves to the host at a time when a forward runs out of memory.
-SHED_BYTES = GIB
 
 
 class LoadedModel:
@@ -102,7 +98,7 @@ class LoadedModel:
             CheckpointError: a file can't be read any more.
         """
         self.finish_handover()
-        plan, expert = self._planned(), self.experts[part]
+        plan, expert = self.planned(), self.experts[part]
         self._check_cancelled, self._on_stage = check_cancelled, on_stage
         placement = plan.placements[part]
         if self._dispatched.get(part) is placement:
@@ -128,7 +124,7 @@ class LoadedModel:
 
         Does nothing where one device works at a time, where both experts stay, and where the other's blocks are not held ready.
         """
-        plan, forward = self._planned(), self._calls.get(part)
+        plan, forward = self.planned(), self._calls.get(part)
         homes = plan.placements[part], plan.placements[successor]
         if not isinstance(forward, ParallelForward) or not homes[1].parallel:
             return
@@ -172,7 +168,7 @@ class LoadedModel:
         return self._calls[part] if part in self._calls else self.experts[part].model
 
     def _bring_home(self, part: str, placement: Placement, on_load: OnLoad) -> None:
-        plan, expert = self._planned(), self.experts[part]
+        plan, expert = self.planned(), self.experts[part]
         if placement.parallel:
             # Also where none of this expert's parts come to a device, it computes there.
             for budget in plan.budgets:
@@ -201,7 +197,7 @@ class LoadedModel:
         probe.release_cached([b.device.torch_device for b in plan.budgets])
 
     def _host_has_room(self, part_bytes: int) -> bool:
-        return psutil.virtual_memory().available - self._planned().reserve.host_bytes >= part_bytes
+        return system_memory().available - self.planned().reserve.host_bytes >= part_bytes
 
     # ---- what a run says of itself
 
@@ -211,7 +207,7 @@ class LoadedModel:
 
     def notes(self) -> list[str]:
         """How the run computed where that is not as one would think, and what made it slower than this machine allows, in sentences."""
-        notes = self.computing.few_bits_notes(self._planned())
+        notes = self.computing.few_bits_notes(self.planned())
         if self.computing.functions.failure:
             notes.append(f"The blocks could not be compiled, which costs some speed: {self.computing.functions.failure}")
         if self._host_pool.unlocked_bytes:
@@ -228,7 +224,7 @@ class LoadedModel:
         self.experts[part].release_fetched()
 
     def _forward_bytes(self, placement: Placement, index: int) -> int:
-        return self.computing.forward_bytes(self._planned(), placement, index)
+        return self.computing.forward_bytes(self.planned(), placement, index)
 
     def _make_room_for_part(self, placement: Placement, part: str, name: str) -> None:
         home = placement.homes[name]
@@ -236,7 +232,7 @@ class LoadedModel:
             self._make_room_on_host(part, name)
             return
         index = int(home)
-        budget = self._planned().budget(index)
+        budget = self.planned().budget(index)
         self.make_room(index, self._forward_bytes(placement, index) + self.experts[part].part_bytes(name), budget.usable_bytes, keep=part)
 
     def _make_room_on_host(self, part: str, name: str) -> None:
@@ -278,80 +274,16 @@ class LoadedModel:
             for name in expert.parts_on(device):
                 if self.resident_bytes(device) + needed_bytes <= limit_bytes:
                     return
-                if part != keep or self._planned().placements[part].homes[name] != index:
-                    self._park(part, name)
+                if part != keep or self.planned().placements[part].homes[name] != index:
+                    self.park(part, name)
 
-    def _park(self, part: str, name: str) -> None:
+    def park(self, part: str, name: str) -> None:
+        """Have a part of an expert leave its device: for system memory, or for its file, where that is as good or the only place."""
         self._undispatch(part)
         if self._worth_keeping(part, name):
             self.experts[part].park(name)
         else:
             self.experts[part].drop(name)
-
-    def failed_device(self, message: str) -> DeviceInfo:
-        """The device that an out-of-memory message names, or else the one with the least room left."""
-        plan = self._planned()
-        named = re.search(r"GPU (\d+)|device (\d+)", message)
-        for budget in plan.budgets:
-            if named and budget.device.torch_device == f"cuda:{named[1] or named[2]}":
-                return budget.device
-        return min(plan.budgets, key=lambda b: b.usable_bytes - self.resident_bytes(torch.device(b.device.torch_device))).device
-
-    def may_shed(self, index: int, part: str) -> bool:
-        """Whether weights may leave a device for the host: some are there, and the user has not forbidden it.
-
-        Args:
-            index: the device.
-            part: the working expert.
-        """
-        plan = self._planned()
-        on_device = any(home == index and name.startswith("blocks.") for name, home in plan.placements[HIGH_NOISE].homes.items())
-        return (plan.parallel and bool(self._waiting_on(index, part))) or (plan.offload != "none" and on_device)
-
-    def _waiting_on(self, index: int, part: str) -> list[tuple[str, str]]:
-        """(expert, part) of everything on a device that the working expert does not need."""
-        device = self._device(index)
-        return [(other, name) for other, expert in self.experts.items() if other != part for name in expert.parts_on(device)]
-
-    def shed(self, index: int, part: str) -> str:
-        """After a forward ran out of memory: make room on a device for good.
-
-        What waits there goes first, where all devices compute at once; else blocks that live there get a home on the host, for both experts.
-
-        Args:
-            index: the device that ran out.
-            part: the working expert.
-
-        Returns:
-            What moved, or moves at the next activation, in words.
-        """
-        self.finish_handover(wait=False)
-        waiting = self._waiting_on(index, part) if self._planned().parallel else []
-        if waiting:
-            self._learn_reserve(index, sum(self.experts[other].part_bytes(name) for other, name in waiting))
-            for other, name in waiting:
-                self._park(other, name)
-            probe.release_cached([b.device.torch_device for b in self._planned().budgets])
-            return "the waiting expert"
-        plan = self._planned()
-        first = plan.placements[HIGH_NOISE]
-        blocks = [name for name, home in first.homes.items() if home == index and name.startswith("blocks.")]
-        count = -(-SHED_BYTES // max(1, first.sizes["blocks.0"]))
-        if index == first.main_device and not any(name.startswith("blocks.") for name in first.offloaded):
-            count += 1  # the first block on the host brings a buffer of its size for fetching
-        gone = set(blocks[-count:])
-        placements = {
-            part: replace(placement, homes={name: HOST if name in gone else home for name, home in placement.homes.items()})
-            for part, placement in plan.placements.items()
-        }
-        self._learn_reserve(index, sum(first.sizes[name] for name in gone))
-        self.set_plan(replace(plan, placements=placements))
-        probe.release_cached([b.device.torch_device for b in plan.budgets])
-        return f"{len(gone)} blocks"
-
-    def _learn_reserve(self, index: int, freed_bytes: int) -> None:
-        # Not all of what waited there: what a forward lacks is seldom more than what moves at a time.
-        self.learned_reserve_bytes[index] = self.learned_reserve_bytes.get(index, 0) + min(freed_bytes, SHED_BYTES)
 
     def resident_bytes(self, device: torch.device) -> int:
         """Bytes of weights on a device, both experts."""
@@ -366,7 +298,8 @@ class LoadedModel:
                 expert.drop(name)
         self._host_pool.clear()
 
-    def _planned(self) -> Plan:
+    def planned(self) -> Plan:
+        """The plan in force; there is one from the first :meth:`set_plan` on."""
         if self.plan is None:
             raise RuntimeError("a plan comes first")
         return self.plan
@@ -374,8 +307,8 @@ class LoadedModel:
     def _device(self, home: int | str) -> torch.device:
         if home == HOST:
             return CPU
-        return torch.device(self._planned().budget(int(home)).device.torch_device)
+        return torch.device(self.planned().budget(int(home)).device.torch_device)
 
     def _synchronize(self) -> None:
-        for budget in self._planned().budgets:
+        for budget in self.planned().budgets:
             probe.synchronize(budget.device.torch_device)

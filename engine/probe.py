@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-import psutil
 import torch
 
 from .planning.devices import DeviceInfo, Machine
 from .planning.footprint import FRAGMENTATION, FRAGMENTATION_ASYNC, FRAGMENTATION_NATIVE
+from .system_memory import system_memory
 from .transformer.low_precision import multiplied_rows, quantized_rows
 
 
@@ -49,12 +49,11 @@ def visible_gpus() -> tuple[VisibleGpu, ...]:
 
 def probe_machine() -> Machine:
     """The visible GPUs with their free memory now, or the CPU where there is no GPU."""
-    memory = psutil.virtual_memory()
-    host = int(memory.available)
+    memory = system_memory()
     devices = tuple(_device(index, gpu) for index, gpu in enumerate(visible_gpus()))
     if not devices:
-        devices = (DeviceInfo(0, "CPU", "cpu", int(memory.total), host, is_gpu=False),)
-    return Machine(devices, host, hidden_gpu_warning(), fragmentation(), int(memory.total))
+        devices = (DeviceInfo(0, "CPU", "cpu", memory.total, memory.available, is_gpu=False),)
+    return Machine(devices, memory.available, hidden_gpu_warning(), fragmentation(), memory.total)
 
 
 def _device(index: int, gpu: VisibleGpu) -> DeviceInfo:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..memory_errors import is_out_of_memory
 from ..transformer.wan_block import BlockMath
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,9 @@ class BlockFunctions:
             try:
                 with _many_versions():
                     return self._compiled[plain.__name__](*arguments)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # compilers raise many kinds, at any new size; the plain functions are what is certain
+                if is_out_of_memory(error):
+                    raise
                 self._give_up(error)
         return plain(*arguments)
 

@@ -13,14 +13,17 @@ import torch
 
 from .. import probe
 from ..checkpoints.stored import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE
-from ..errors import InvalidRequestError
+from ..errors import InvalidRequestError, PlacementError
 from ..handle import ModelHandle
 from ..loaded import LoadedModel
+from ..memory_errors import is_out_of_memory
 from ..owner import ModelOwner
 from ..planning.bars import Bar
 from ..planning.budgets import NO_RESERVE, Reserve
 from ..planning.devices import GIB, Machine, gib
 from ..reports import plan_bars, plan_report
+from ..shedding import failed_device
+from ..system_memory import is_out_of_system_memory, out_of_system_memory_words
 from .callbacks import Callbacks, StepReport
 from .request import ImageToVideoRequest, fill_frame
 from .schedulers import boundary_after, make_scheduler
@@ -97,7 +100,12 @@ class ImageToVideo:
                         return _Run(loaded, handle, request, callbacks, self._embeddings).make(vae)
                 finally:
                     loaded.clear_fetch_rooms()
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if is_out_of_system_memory(error):
+                    self.owner.release()
+                    raise PlacementError(out_of_system_memory_words(error)) from error
+                if not is_out_of_memory(error):
+                    raise
                 words = self._out_of_memory_words(str(error))
                 # The application may free memory and try again; what we hold must not be in its way.
                 self.owner.release()
@@ -108,7 +116,7 @@ class ImageToVideo:
         loaded = self.owner.loaded
         if loaded is None or loaded.plan is None:
             return "Out of memory before anything was placed."
-        device = loaded.failed_device(message)
+        device = failed_device(loaded, message)
         limit = loaded.plan.budget(device.index).limit_bytes
         value = max(0.5, int((limit / GIB - LOWER_BY_GIB) * 2) / 2)
         return (

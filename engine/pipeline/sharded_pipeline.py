@@ -9,6 +9,8 @@ import torch
 from diffusers import WanImageToVideoPipeline
 
 from ..loaded import LoadedModel
+from ..memory_errors import is_out_of_memory
+from ..shedding import failed_device, may_shed, shed
 from .callbacks import Callbacks
 
 
@@ -56,14 +58,16 @@ class ShardedTransformer:
                 self._loaded.computing.forwards_left -= 1
                 self.forwards_left -= 1
                 return output
-            except torch.OutOfMemoryError as error:
-                failed_on = self._loaded.failed_device(str(error))
-                if not self._loaded.may_shed(failed_on.index, self._part):
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed_on = failed_device(self._loaded, str(error))
+                if not may_shed(self._loaded, failed_on.index, self._part):
                     raise
             finally:
                 self._loaded.after_forward(self._part)
             # Only here, with the exception and the activations its frames hold gone, is there memory again.
-            moved = self._loaded.shed(failed_on.index, self._part)
+            moved = shed(self._loaded, failed_on.index, self._part)
             self._note(f"{failed_on.label} ran out of memory; {moved} moved to system memory and the step was repeated.")
 
 

@@ -16,6 +16,7 @@ from ..checkpoints.stored import ModelFiles, fingerprint_of
 from ..checkpoints.umt5_file import CHOOSE_TEXT_ENCODER, open_umt5_file
 from ..errors import CheckpointError
 from ..loaded import LoadedModel
+from ..memory_errors import is_out_of_memory
 from ..planning.devices import GIB
 from .callbacks import Callbacks
 from .text_encoder import FolderTextEncoder, LoadedTextEncoder, Room, TextEncoderSource
@@ -100,8 +101,8 @@ def _encode(model: ModelFiles, prompts: list[str], loaded: LoadedModel, callback
     for room, is_last in zip(rooms, [*[False] * (len(rooms) - 1), True], strict=True):
         try:
             return _encode_in(source, prompts, room, [b.device.torch_device for b in plan.budgets], callbacks)
-        except torch.OutOfMemoryError:
-            if is_last:
+        except RuntimeError as error:
+            if is_last or not is_out_of_memory(error):
                 raise
         # Only here, with the exception gone, is its memory free again.
         callbacks.on_stage("Encoding the prompt with less on the GPU")

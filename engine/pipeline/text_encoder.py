@@ -16,6 +16,7 @@ from ..checkpoints.safetensors_header import read_header
 from ..checkpoints.stored import StoredTensor
 from ..checkpoints.umt5_file import CHOOSE_TEXT_ENCODER
 from ..errors import CheckpointError
+from ..memory_errors import is_out_of_memory
 from ..planning.devices import GIB
 
 # accelerate's ``max_memory``: torch index of a GPU or "cpu" -> bytes. ``None`` is the CPU alone.
@@ -98,9 +99,11 @@ class FolderTextEncoder:
                 **spread,
             )
             model, loading = loaded
-        except (torch.OutOfMemoryError, CheckpointError):
+        except CheckpointError:
             raise
         except Exception as error:  # transformers raises many kinds; the cause is kept
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(f"The text encoder {self.name} could not be loaded: {error}. Download it again.") from error
         if loading["missing_keys"]:  # transformers would go on with random ones
             raise CheckpointError(

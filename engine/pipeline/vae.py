@@ -21,6 +21,7 @@ from ..checkpoints.stored import ModelFiles
 from ..checkpoints.wan_vae_file import CHOOSE_VAE, open_wan_vae_file
 from ..errors import CheckpointError
 from ..loaded import LoadedModel
+from ..memory_errors import is_out_of_memory
 from ..planning.footprint import VideoShape
 from ..planning.vae_stage import VaeStage, vae_stages
 
@@ -98,8 +99,8 @@ class ModelVae:
             try:
                 with self._stage(stage, decode=decode) as device:
                     result = work(device, stage.dtype)
-            except torch.OutOfMemoryError:
-                if is_last:
+            except RuntimeError as error:
+                if is_last or not is_out_of_memory(error):
                     raise
                 continue
             for note in stage.notes:

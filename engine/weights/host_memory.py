@@ -7,15 +7,81 @@ is registered with the driver instead, to the byte, and unregistered when its la
 import logging
 import os
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+
+from .. import memory_errors
 
 THREADS = min(8, os.cpu_count() or 1)
 TOUCHED_BYTES = 32 * 1024**2
+# Windows locks about half of all memory, often less, and everything fails beyond. What copies go through comes last, and must be locked.
+WINDOWS_SHARE = 0.4
+KEPT_FOR_COPIES_BYTES = 1024**3
+SMALL_BYTES = 64 * 1024**2
 logger = logging.getLogger(__name__)
+
+
+class PageLocking:
+    """How much of this process's system memory is page-locked, and may be.
+
+    Attributes:
+        allowed: False where the user wants none.
+        others_bytes: what the application around us has locked.
+        locked_bytes: by us, now.
+    """
+
+    def __init__(self, *, windows: bool = os.name == "nt"):
+        self.allowed = True
+        self.others_bytes: Callable[[], int] = lambda: 0
+        self.locked_bytes = 0
+        self._windows = windows
+        self._refused = False
+
+    def may_lock(self, size_bytes: int) -> bool:
+        """Whether to ask for so much: not where it is known to fail."""
+        if not self.allowed:
+            return False
+        if size_bytes <= SMALL_BYTES:
+            return True
+        if self._windows:
+            most = WINDOWS_SHARE * psutil.virtual_memory().total - KEPT_FOR_COPIES_BYTES
+            if self.others_bytes() + self.locked_bytes + size_bytes > most:
+                return False
+        return not self._refused
+
+    def lock(self, memory: np.ndarray[Any, Any]) -> None:
+        """Register memory with the driver until it is gone; says so where that is refused, which does no harm."""
+        with suppress(RuntimeError):  # GPU memory is short
+            memory_errors.spare()
+        runtime: Any = torch.cuda.cudart()
+        pointer, size = memory.ctypes.data, memory.nbytes
+        portable = 1  # for all GPUs
+        error = runtime.cudaHostRegister(pointer, size, portable)
+        if int(error) == 0:
+            self.locked_bytes += size
+            # Called at the very beginning of the array's end, while the memory still is there.
+            weakref.finalize(memory, self._unlock, runtime, pointer, size).atexit = False
+        else:
+            memory_errors.discard()
+            self._refused = True
+            logger.warning("%.1f GiB of system memory could not be page-locked (%s); copies from it will be slower.", size / 1024**3, error)
+
+    def _unlock(self, runtime: Any, pointer: int, size_bytes: int) -> None:
+        runtime.cudaHostUnregister(pointer)
+        self.locked_bytes -= size_bytes
+
+    def try_again(self) -> None:
+        """What was refused may be granted now: memory was given back."""
+        self._refused = False
+
+
+PAGE_LOCKING = PageLocking()
 
 
 def host_buffer(size_bytes: int) -> torch.Tensor:
@@ -25,18 +91,9 @@ def host_buffer(size_bytes: int) -> torch.Tensor:
     """
     memory = np.empty(max(1, size_bytes), dtype=np.uint8)
     tensor = torch.from_numpy(memory)[:size_bytes]
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and PAGE_LOCKING.may_lock(memory.nbytes):
         _touch(memory)
-        runtime: Any = torch.cuda.cudart()
-        pointer = memory.ctypes.data
-        error = runtime.cudaHostRegister(pointer, memory.nbytes, 0)
-        if int(error) == 0:
-            # Called at the very beginning of the array's end, while the memory still is there.
-            weakref.finalize(memory, runtime.cudaHostUnregister, pointer).atexit = False
-        else:
-            logger.warning(
-                "%.1f GiB of system memory could not be page-locked (%s); copies from it will be slower.", size_bytes / 1024**3, error
-            )
+        PAGE_LOCKING.lock(memory)
     return tensor
 
 
@@ -72,7 +129,7 @@ class HostPool:
                 self._free = [other for other in self._free if other is not buffer]
                 return buffer
         buffer = host_buffer(size_bytes)
-        if torch.cuda.is_available() and not buffer.is_pinned():
+        if torch.cuda.is_available() and PAGE_LOCKING.allowed and not buffer.is_pinned():
             self.unlocked_bytes += size_bytes
         return buffer
 
@@ -84,3 +141,4 @@ class HostPool:
     def clear(self) -> None:
         """Give all unused memory back to the system."""
         self._free.clear()
+        PAGE_LOCKING.try_again()

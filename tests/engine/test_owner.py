@@ -22,6 +22,7 @@ from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES, NO_RESERVE
 from wan_sharded.engine.planning.devices import GIB
 from wan_sharded.engine.planning.placement import HOST
+from wan_sharded.engine.system_memory import SystemMemory
 from wan_sharded.engine.weights.expert import CPU, NOWHERE
 
 EXPERTS = ("transformer", "transformer_2")
@@ -110,10 +111,8 @@ def test_what_was_converted_is_parked(bench: Callable[..., Bench], checkpoint: P
 def test_nothing_is_parked_where_the_host_is_full(
     bench: Callable[..., Bench], checkpoint: Path, make_request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Full:
-        available = NO_RESERVE.host_bytes + MIB
-
-    monkeypatch.setattr(loaded_module.psutil, "virtual_memory", lambda: Full)
+    full = SystemMemory(64 * GIB, NO_RESERVE.host_bytes + MIB)
+    monkeypatch.setattr(loaded_module, "system_memory", lambda: full)
     expert = TinyExpert(checkpoint, "bf16")
     one = bench()
     handle = open_model(checkpoint, weight_dtype="bf16", max_memory_gib=sliders(expert, make_request, 1.1))

@@ -155,7 +155,7 @@ def test_blocks_handed_over_behind_the_last_forward(make_checkpoint, limits, sha
         if seed % 2:  # both experts fit here, so the second one would stay where it is
             monkeypatch.setattr(loaded_module.LoadedModel, "_worth_keeping", lambda *args: True)
             for number in range(12):
-                owner.loaded._park("transformer_2", f"blocks.{number}")
+                owner.loaded.park("transformer_2", f"blocks.{number}")
         else:
             owner.release()
         assert torch.equal(run(handle, request(seed, **changes)).frames, frames), seed

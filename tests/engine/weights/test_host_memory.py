@@ -1,10 +1,17 @@
-"""System memory that is kept for the next part, up to a limit, and then given back. Page-locking needs a GPU and is not tested here."""
+"""System memory that is kept for the next part, up to a limit, and then given back; and what happens where it may not be page-locked.
 
+That a GPU copies from it faster is for tests/gpu; here the driver is played.
+"""
+
+import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from wan_sharded.engine.weights.host_memory import HostPool, host_buffer
+from wan_sharded.engine import memory_errors
+from wan_sharded.engine.weights import host_memory
+from wan_sharded.engine.weights.host_memory import SMALL_BYTES, HostPool, PageLocking, host_buffer
 
 KIB = 1024
 
@@ -69,3 +76,68 @@ def test_clearing_gives_everything_back() -> None:
     pool.clear()
     assert pool.unused_bytes == 0 and memory() is None
     assert pool.take(KIB).numel() == KIB
+
+
+class Driver:
+    """Registers memory as CUDA does, up to a limit; a refusal stands until it is discarded."""
+
+    def __init__(self, most_bytes: int):
+        self.most_bytes, self.registered, self.asked, self.stands = most_bytes, dict[int, int](), 0, False
+
+    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+        self.asked += 1
+        if sum(self.registered.values()) + size > self.most_bytes:
+            self.stands = True
+            return 2
+        self.registered[pointer] = size
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> None:
+        del self.registered[pointer]
+
+    def discard(self) -> None:
+        self.stands = False
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    played = Driver(most_bytes=3 * SMALL_BYTES)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: played)
+    monkeypatch.setattr(memory_errors, "spare", lambda: torch.zeros(1))
+    monkeypatch.setattr(memory_errors, "discard", played.discard)
+    monkeypatch.setattr(host_memory, "PAGE_LOCKING", PageLocking(windows=False))
+    return played
+
+
+def test_a_refusal_leaves_nothing_behind_and_is_asked_for_once(driver: Driver) -> None:
+    """What CUDA refused would otherwise be raised by the next kernel, as an out-of-memory of the GPU."""
+    large = SMALL_BYTES + KIB
+    kept = [host_buffer(large) for _ in range(4)]
+    assert driver.asked == 3 and len(driver.registered) == 2 and not driver.stands
+    assert all(buffer.fill_(1).sum() == large for buffer in kept), "it is memory all the same"
+    assert host_buffer(KIB).shape == (KIB,) and driver.asked == 4, "small ones, which copies go through, are asked for in any case"
+    kept.clear()
+    gc.collect()
+    assert driver.registered == {} and host_memory.PAGE_LOCKING.locked_bytes == 0
+    HostPool().clear()  # memory was given back
+    again = host_buffer(large)
+    assert driver.asked == 5 and list(driver.registered.values()) == [large] and again.numel() == large
+
+
+def test_nothing_is_locked_where_the_user_wants_none(driver: Driver) -> None:
+    host_memory.PAGE_LOCKING.allowed = False
+    pool = HostPool()
+    assert pool.take(KIB).shape == (KIB,)
+    assert driver.asked == 0 and pool.unlocked_bytes == 0, "and it is no news to them"
+
+
+def test_windows_is_not_asked_for_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 1024**3
+    monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=32 * gib))
+    windows, linux = PageLocking(windows=True), PageLocking(windows=False)
+    windows.locked_bytes = linux.locked_bytes = 11 * gib
+    assert windows.may_lock(gib // 2) and linux.may_lock(gib // 2)
+    assert not windows.may_lock(gib) and linux.may_lock(4 * gib), "32 GiB: 12.8, less 1 for copies"
+    windows.others_bytes = lambda: 2 * gib
+    assert not windows.may_lock(gib // 2) and windows.may_lock(SMALL_BYTES)
