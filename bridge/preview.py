@@ -37,8 +37,14 @@ class LivePreview:
     """
 
     def __init__(self, device: torch.device):
-        self._previewer = _previewer(device)
         self._began = time.monotonic()
+        try:
+            self._previewer = _previewer(device)
+        except management.InterruptProcessingException:
+            raise
+        except Exception:  # another pack's may refuse these latents
+            logger.warning("Wan I2V Sampler: there is no live picture in this run.", exc_info=True)
+            self._previewer = None
 
     def picture(self, report: StepReport):
         """What ``ProgressBar.update_absolute`` takes (format, picture, largest side), or ``None``."""

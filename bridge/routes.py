@@ -43,7 +43,7 @@ def gpus() -> dict[str, Any]:
         {"index": index, "name": gpu.name, "total_bytes": gpu.total_bytes, "torch_device": f"cuda:{gpu.torch_index}"}
         for index, gpu in enumerate(probe.visible_gpus())
     ]
-    return {"gpus": found, "warnings": list(probe.hidden_gpu_warning())}
+    return {"gpus": found, "warnings": list(probe.warnings_without_measuring())}
 
 
 async def _calibrate(request: web.Request) -> web.Response:

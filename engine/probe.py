@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 
+from . import usable
 from .planning.devices import DeviceInfo, Machine
 from .planning.footprint import FRAGMENTATION, FRAGMENTATION_ASYNC, FRAGMENTATION_NATIVE
 from .system_memory import system_memory
@@ -42,9 +43,44 @@ def visible_gpus() -> tuple[VisibleGpu, ...]:
     if not torch.cuda.is_available():
         return ()
     found = [(torch.cuda.get_device_properties(i), i) for i in range(torch.cuda.device_count())]
+    found = [(properties, i) for properties, i in found if _has_kernels(i)]
     if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         found.sort(key=lambda pair: tuple(getattr(pair[0], f"pci_{part}_id", 0) for part in ("domain", "bus", "device")))
     return tuple(VisibleGpu(index, short_name(properties.name), int(properties.total_memory)) for properties, index in found)
+
+
+def _has_kernels(torch_index: int) -> bool:
+    return usable.has_kernels(torch.cuda.get_device_capability(torch_index), torch.cuda.get_arch_list())
+
+
+@lru_cache(maxsize=1)
+def unusable_gpus() -> tuple[str, ...]:
+    """Names of GPUs that this torch shows, but has no kernels for: too old for it, or too new."""
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(short_name(torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count()) if not _has_kernels(i))
+
+
+def warnings_without_measuring() -> tuple[str, ...]:
+    """What people should know of this machine's GPUs, in sentences; at no cost."""
+    unusable = tuple(
+        f"{name} is left out: torch {torch.__version__} has no kernels for a GPU of its generation. Another version of torch may have."
+        for name in unusable_gpus()
+    )
+    return (*hidden_gpu_warning(), *unusable, *usable.other_accelerator_warning())
+
+
+def warnings() -> tuple[str, ...]:
+    """The same, and whether copies between GPUs arrive, which is tried once."""
+    gpus = [(index, torch.device(f"cuda:{gpu.torch_index}")) for index, gpu in enumerate(visible_gpus())]
+    broken = tuple(
+        f"What GPU {a} sends to GPU {b} directly arrives changed, though the driver says that they reach each other's memory. It goes through "
+        "system memory instead, which is slower; an IOMMU or PCIe access control in the computer's BIOS can be the reason."
+        for a, one in gpus
+        for b, other in gpus
+        if a != b and torch.cuda.can_device_access_peer(one, other) and not usable.copies_arrive(one, other)
+    )
+    return (*warnings_without_measuring(), *broken)
 
 
 def probe_machine() -> Machine:
@@ -53,7 +89,7 @@ def probe_machine() -> Machine:
     devices = tuple(_device(index, gpu) for index, gpu in enumerate(visible_gpus()))
     if not devices:
         devices = (DeviceInfo(0, "CPU", "cpu", memory.total, memory.available, is_gpu=False),)
-    return Machine(devices, memory.available, hidden_gpu_warning(), fragmentation(), memory.total)
+    return Machine(devices, memory.available, warnings(), fragmentation(), memory.total)
 
 
 def _device(index: int, gpu: VisibleGpu) -> DeviceInfo:
@@ -129,7 +165,7 @@ def is_cuda(torch_device: str) -> bool:
 def reach_each_other(one: torch.device, other: torch.device) -> bool:
     """Whether two devices can copy to each other's memory directly; no two GeForce cards can."""
     both = is_cuda(str(one)) and is_cuda(str(other))
-    return not both or one == other or bool(torch.cuda.can_device_access_peer(one, other))
+    return not both or one == other or (bool(torch.cuda.can_device_access_peer(one, other)) and usable.copies_arrive(one, other))
 
 
 def allocated_bytes(torch_device: str) -> int:
@@ -222,7 +258,7 @@ def installed_gpus() -> tuple[str, ...]:
 
 def hidden_gpu_warning() -> tuple[str, ...]:
     """Says so when the driver sees more GPUs than this process may use."""
-    installed, visible = installed_gpus(), len(visible_gpus())
+    installed, visible = installed_gpus(), len(visible_gpus()) + len(unusable_gpus())
     if len(installed) <= visible:
         return ()
     return (

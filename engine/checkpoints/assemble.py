@@ -111,11 +111,16 @@ def _check_both(experts: Mapping[str, ComponentFiles]) -> None:
 
 def _check_different(experts: Mapping[str, ComponentFiles]) -> None:
     high, low = ({tensor.file for tensor in experts[part].tensors.values()} for part in _SLOTS)
-    shared = [one.name for one in high for other in low if one == other or one.samefile(other)]
+    shared = [one.name for one in high for other in low if _is_same(one, other)]
     if shared:
         raise CheckpointError(
             f"{shared[0]} is chosen for both experts. Wan 2.2 has two, in two files: choose the other one, with high or low in its name."
         )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two names are one file, by a link for instance. Network drives of Windows give all files the number 0."""
+    return one.resolve() == other.resolve() or (one.stat().st_ino != 0 and one.samefile(other))
 
 
 def _check_alike(experts: Mapping[str, ComponentFiles]) -> None:

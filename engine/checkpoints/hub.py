@@ -118,7 +118,11 @@ def _download(hub_id: str, on_progress: OnProgress) -> Path:
 
 def _check_space(hub_id: str, needed: int) -> None:
     cache = Path(constants.HF_HUB_CACHE)
-    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    existing = next((folder for folder in (cache, *cache.parents) if folder.exists()), None)
+    if existing is None:
+        raise CheckpointError(
+            f"The Hub cache is to be at {cache}, but there is no such drive. Connect it, or point the environment variable HF_HOME to another."
+        )
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise CheckpointError(

@@ -24,9 +24,10 @@ def can_compile() -> bool:
     """Whether torch can compile for these GPUs here: Triton is there and they are new enough for it."""
     try:
         from torch.utils._triton import has_triton
-    except ImportError:
+
+        return torch.cuda.is_available() and bool(has_triton())
+    except Exception:  # a Triton that is there and does not work
         return False
-    return torch.cuda.is_available() and bool(has_triton())
 
 
 def pays_off(seconds_per_forward: float, forwards: int, devices: int) -> bool:

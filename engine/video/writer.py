@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from fractions import Fraction
@@ -214,10 +215,23 @@ def _publish(partial: Path, target: Path, row: VideoFormat) -> None:
         if row.is_folder:
             if target.is_dir():
                 target.rmdir()  # an empty one only; Windows does not rename over it
-            partial.rename(target)
+            _patiently(lambda: partial.rename(target))
             return
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(partial, target)
+        _patiently(lambda: os.replace(partial, target))
     except OSError as error:
         raise export_error(target, error) from error
+
+
+def _patiently(rename: Callable[[], object], *, windows: bool = os.name == "nt", seconds: float = 10) -> None:
+    """Rename on Windows, where a virus scanner or a synchronising folder may hold a new file for a moment."""
+    end = time.monotonic() + (seconds if windows else 0)
+    while True:
+        try:
+            rename()
+            return
+        except PermissionError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.1)

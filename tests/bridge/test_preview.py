@@ -126,6 +126,18 @@ def test_the_setting_that_comes_with_a_prompt_is_honoured(monkeypatch: pytest.Mo
     assert (LivePreview(CPU).picture(report(noise(5, 6, 8))) is not None) is shown
 
 
+def test_another_packs_previewer_may_refuse(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """VideoHelperSuite's hook raises for kinds it does not know."""
+
+    def refuse(*_: object) -> None:
+        raise Exception("Unsupported preview type for VHS animated previews")
+
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.TAESD)
+    monkeypatch.setattr(latent_preview, "get_previewer", refuse)
+    assert LivePreview(CPU).picture(report(noise(5, 6, 8))) is None
+    assert "no live picture" in caplog.text
+
+
 def test_a_failure_ends_the_preview_and_nothing_else(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     preview = LivePreview(CPU)
     assert preview.picture(report(torch.zeros(1, 3, 5, 6, 8))) is None  # RGB factors are for 16 channels

@@ -5,14 +5,14 @@ import stat
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
 import wan_sharded
-from wan_sharded.engine import probe
+from wan_sharded.engine import probe, usable
 from wan_sharded.engine.planning.devices import GIB
 
 
@@ -21,9 +21,13 @@ def asked_anew() -> Iterator[None]:
     """The answers are remembered for the life of a process."""
     probe.visible_gpus.cache_clear()
     probe.installed_gpus.cache_clear()
+    probe.unusable_gpus.cache_clear()
+    usable._copies_arrive.cache_clear()
     yield
     probe.visible_gpus.cache_clear()
     probe.installed_gpus.cache_clear()
+    probe.unusable_gpus.cache_clear()
+    usable._copies_arrive.cache_clear()
 
 
 @pytest.fixture
@@ -45,7 +49,9 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Have torch answer as on a machine with these GPUs: (name, PCI bus, total GiB, free GiB), in torch's order."""
 
-    def install(*gpus: tuple[str, int, float, float], cached_gib: float = 0) -> None:
+    def install(
+        *gpus: tuple[str, int, float, float], cached_gib: float = 0, capabilities: Mapping[int, tuple[int, int]] = MappingProxyType({})
+    ) -> None:
         def properties(index: int) -> SimpleNamespace:
             name, bus, total, _ = gpus[index]
             return SimpleNamespace(name=name, total_memory=int(total * GIB), pci_domain_id=0, pci_bus_id=bus, pci_device_id=0)
@@ -57,7 +63,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             "mem_get_info": lambda index: (int(gpus[index][3] * GIB), int(gpus[index][2] * GIB)),
             "memory_reserved": lambda index: int((cached_gib + 1) * GIB),
             "memory_allocated": lambda index: GIB,
-            "get_device_capability": lambda index: (8, 6),
+            "get_device_capability": lambda index: capabilities.get(index, (8, 6)),
+            "get_device_name": lambda index: gpus[index][0],
+            "get_arch_list": lambda: ["sm_80", "sm_86", "sm_120", "compute_120"],
+            "can_device_access_peer": lambda one, other: False,
             "get_allocator_backend": lambda: "cudaMallocAsync",
         }
         for name, answer in answers.items():
@@ -169,3 +178,64 @@ def test_pci_order_is_asked_for_before_torch_is_loaded() -> None:
 
     assert run() == '["PCI_BUS_ID", false]\n'
     assert run(CUDA_DEVICE_ORDER="FASTEST_FIRST") == '["FASTEST_FIRST", false]\n'
+
+
+TORCH_2_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "has"),
+    [
+        ((8, 6), TORCH_2_13, True),
+        ((8, 9), TORCH_2_13, True),  # runs what is made for 8.6
+        ((12, 1), TORCH_2_13, True),
+        ((12, 0), ["sm_80", "sm_86", "sm_90"], False),  # a new card, an old torch
+        ((12, 0), ["sm_80", "sm_90", "compute_90"], True),  # the driver translates
+        ((6, 1), TORCH_2_13, False),
+        ((7, 0), TORCH_2_13, False),
+        ((9, 0), ["sm_80", "sm_90a"], True),
+        ((9, 0), ["gfx1100", "gfx90a"], True),  # AMD's names, of which this knows nothing
+        ((9, 0), [], True),
+    ],
+)
+def test_kernels_for_a_generation(capability: tuple[int, int], built_for: list[str], has: bool) -> None:
+    assert usable.has_kernels(capability, built_for) is has
+
+
+def test_a_gpu_without_kernels_is_left_out_and_named(cuda: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "installed_gpus", lambda: ("GTX 1080", "RTX 3060"))
+    cuda(("NVIDIA GeForce GTX 1080", 1, 8, 7), ("NVIDIA GeForce RTX 3060", 2, 12, 11), capabilities={0: (6, 1)})
+    machine = probe.probe_machine()
+    assert [(device.index, device.name, device.torch_device) for device in machine.devices] == [(0, "RTX 3060", "cuda:1")]
+    (warning,) = machine.warnings
+    assert warning.startswith("GTX 1080 is left out: torch ") and "no kernels" in warning
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_copies_that_arrive_changed_are_told_and_not_made(
+    cuda: Callable[..., None], monkeypatch: pytest.MonkeyPatch, nvidia_smi: Callable[[str], None], arrives: bool
+) -> None:
+    nvidia_smi("exit 1")
+    cuda(("NVIDIA GeForce RTX 3090", 1, 24, 20), ("NVIDIA GeForce RTX 3090", 2, 24, 20))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: True)
+    monkeypatch.setattr(usable, "copies_arrive", lambda one, other: arrives or one.index == 1)
+    one, other = torch.device("cuda:0"), torch.device("cuda:1")
+    assert (probe.reach_each_other(one, other), probe.reach_each_other(other, one)) == (arrives, True)
+    warnings = probe.probe_machine().warnings
+    assert [warning[:50] for warning in warnings] == ([] if arrives else ["What GPU 0 sends to GPU 1 directly arrives changed"])
+
+
+def test_copies_are_compared() -> None:
+    cpu = torch.device("cpu")
+    assert usable.copies_arrive(cpu, cpu)
+    meta = torch.device("meta")  # from which nothing comes back: a refusal, not a difference
+    assert usable.copies_arrive(meta, meta)
+
+
+def test_other_makers_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usable.other_accelerator_warning() == ()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    (warning,) = usable.other_accelerator_warning()
+    assert "an Apple GPU" in warning
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert usable.other_accelerator_warning() == ()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from wan_sharded.engine.video import pictures as pictures_module
+from wan_sharded.engine.video import writer
 from wan_sharded.engine.video.encoder import VideoEncoder
 from wan_sharded.engine.video.writer import exact_frame_rate, export_to_video, write_video
 
@@ -241,3 +242,22 @@ def test_names_that_ffmpeg_would_misread(frames, tmp_path, monkeypatch):
     for name in names:
         assert count_frames(write_video(frames, name, fps=16)) == 12
     assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+@pytest.mark.parametrize(("windows", "held", "works"), [(True, 3, True), (True, 10_000, False), (False, 1, False)])
+def test_a_finished_file_that_a_scanner_holds(windows, held, works):
+    """On Windows for a moment; elsewhere the permission is missing for good."""
+    asked = []
+
+    def rename():
+        asked.append(1)
+        if len(asked) <= held:
+            raise PermissionError(13, "[WinError 32]")
+
+    if works:
+        writer._patiently(rename, windows=windows)
+        assert len(asked) == held + 1
+    else:
+        with pytest.raises(PermissionError):
+            writer._patiently(rename, windows=windows, seconds=0.3)
+        assert len(asked) >= (2 if windows else 1)
