@@ -24,6 +24,10 @@ class UnsupportedError(WanShardedError):
     """A choice that exists in the contract but cannot be honoured here (this version, this device, this package)."""
 
 
+class ComputationError(WanShardedError):
+    """The model gave values that are no numbers; going on would give a black video."""
+
+
 class ExportError(WanShardedError):
     """A video could not be written (format, encoder, folder, disk)."""
 

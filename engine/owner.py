@@ -18,6 +18,7 @@ from .planning.budgets import NO_RESERVE, Reserve
 from .planning.devices import Machine
 from .planning.footprint import VideoShape
 from .plans import Plan, make_plan, still_holds
+from .usable import BF16_CAPABILITY
 from .weights.precision import resolve_precision
 
 
@@ -69,8 +70,12 @@ class ModelOwner:
     ) -> tuple[tuple[Any, ...], LoadedModel, Plan]:
         """The identity of what a handle needs loaded, that model (ours if it is the same, else one without weights), a plan."""
         on_gpu = machine.devices[0].is_gpu
+        part_taking = [device for device in machine.devices if device.is_gpu and handle.max_memory_gib.get(device.index, 0) >= 0]
         precision, notes = resolve_precision(
-            handle.weight_dtype, *(files.stored_dtype for files in handle.model.experts.values()), on_gpu=on_gpu
+            handle.weight_dtype,
+            *(files.stored_dtype for files in handle.model.experts.values()),
+            on_gpu=on_gpu,
+            without_bf16=[d.label for d in part_taking if (d.compute_capability or BF16_CAPABILITY) < BF16_CAPABILITY],
         )
         key = (handle.model.name, handle.model.fingerprint, precision)
         loaded = self._loaded if self._key == key and self._loaded is not None else LoadedModel(handle, precision)

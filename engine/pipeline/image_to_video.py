@@ -13,7 +13,7 @@ import torch
 
 from .. import probe
 from ..checkpoints.stored import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE
-from ..errors import InvalidRequestError, PlacementError
+from ..errors import ComputationError, InvalidRequestError, PlacementError
 from ..handle import ModelHandle
 from ..loaded import LoadedModel
 from ..memory_errors import is_out_of_memory
@@ -260,6 +260,9 @@ class _Run:
             denoised = tensors["latents"].float() - sigma * tensors["noise_pred"].float()
             if denoised.device.type == "cuda":
                 torch.cuda.synchronize(denoised.device)
+            if not torch.isfinite(denoised).all():
+                part = HIGH_NOISE if pipeline.is_high_noise(timestep) else LOW_NOISE
+                raise ComputationError(_no_numbers_words(step + 1, part, self.loaded, self.handle))
             now = time.perf_counter()
             self.step_seconds.append(now - began)
             self.loading_seconds.append(sum(transformer.loading_s for transformer in transformers) - sum(self.loading_seconds))
@@ -291,3 +294,17 @@ class _Run:
             *self.loaded.notes(),
             f"{len(computing)} steps in {sum(self.step_seconds):.1f} s{loading}; the median step {sorted(computing)[len(computing) // 2]:.2f} s.",
         ]
+
+
+def _no_numbers_words(step: int, part: str, loaded: LoadedModel, handle: ModelHandle) -> str:
+    """What may be the matter where a step's result holds NaN or infinity, the likeliest first."""
+    causes = []
+    if loaded.precision.dtype == torch.float16:
+        causes.append(
+            "fp16 cannot hold numbers as large as some models need: choose bf16 as weight_dtype, where the GPUs can compute in it"
+        )
+    if handle.loras.get(part):
+        strengths = ", ".join(f"{choice.file.path.name} at {choice.strength:g}" for choice in handle.loras[part])
+        causes.append(f"a LoRA is too strong or not for this expert ({strengths}): lower it, or take it out")
+    causes.append("the model's file is damaged: download it again")
+    return f"Step {step} ({EXPERT_WORDS[part]}) gave values that are no numbers, so the video would be black. Possible causes: {'; '.join(causes)}."

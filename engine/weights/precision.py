@@ -5,7 +5,7 @@ blocks' matrices are ever kept in few bits (transformer/low_precision.py has the
 and sensitive.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,17 +85,18 @@ def scale_name(weight: str) -> str:
     return f"{weight}_scale"
 
 
-def resolve_precision(choice: str, *stored: str, on_gpu: bool) -> tuple[Precision, tuple[str, ...]]:
+def resolve_precision(choice: str, *stored: str, on_gpu: bool, without_bf16: Sequence[str] = ()) -> tuple[Precision, tuple[str, ...]]:
     """The precision a choice means for a model's experts on a kind of device, and notes for people.
 
     Args:
         choice: one of ``WEIGHT_DTYPES``.
         stored: the dtype of most of each expert ("F32", "BF16", "F8_E4M3", "GGUF:Q4_K", ...).
         on_gpu: whether GPUs compute.
+        without_bf16: those of them, as people know them, that can't compute in bf16: attention would need many times the memory.
 
     Raises:
         InvalidRequestError: the choice is unknown.
-        UnsupportedError: a stored dtype can't be widened here.
+        UnsupportedError: a stored dtype can't be widened here, or a GPU can't compute in bf16.
     """
     if choice not in WEIGHT_DTYPES:
         raise InvalidRequestError(f"weight_dtype is {choice!r}; choose one of {', '.join(WEIGHT_DTYPES)}.")
@@ -106,6 +107,19 @@ def resolve_precision(choice: str, *stored: str, on_gpu: bool) -> tuple[Precisio
             raise UnsupportedError(f"This checkpoint is stored as {dtype}, which this version does not read. Use a bf16, fp16 or fp8 one.")
     compute = _WIDE[wide[0]] if wide else torch.float32
     compute = torch.bfloat16 if on_gpu and compute == torch.float32 else compute
+    if without_bf16:
+        names = " and ".join(without_bf16)
+        if choice == "bf16":
+            raise UnsupportedError(
+                f"weight_dtype is bf16, which {names} cannot compute in. Choose default, fp16, int8 or fp8_e4m3fn, or leave that GPU out (slider "
+                "below 0)."
+            )
+        if compute == torch.bfloat16 and choice not in _PLAIN:
+            note = (
+                f"{names} cannot compute in bf16, so the model computes in fp16 on all GPUs. For bf16, leave that GPU out (slider below 0)."
+            )
+            few = torch.int8 if choice == "int8" else torch.float8_e4m3fn if choice != "default" else torch.float16
+            return Precision(torch.float16, few, as_stored=few_bits[0] if few_bits and choice == "default" else ""), (note,)
     if choice in _PLAIN:
         return Precision(_PLAIN[choice], _PLAIN[choice]), ()
     if choice != "default":

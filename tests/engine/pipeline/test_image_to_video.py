@@ -4,6 +4,7 @@ import gc
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,18 @@ from diffusers_reference import HostVae
 from imagined_gpus import ImaginedGpus
 from imagined_machine import TinyExpert, imagined_machine
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from wan_sharded import engine as engine_package
 from wan_sharded.engine import Callbacks, ImageToVideoRequest, ModelHandle, StepReport, as_picture, generate, open_model
-from wan_sharded.engine.errors import Cancelled, CheckpointError, InvalidRequestError, PlacementError, WanShardedError
+from wan_sharded.engine.errors import (
+    Cancelled,
+    CheckpointError,
+    ComputationError,
+    InvalidRequestError,
+    PlacementError,
+    UnsupportedError,
+    WanShardedError,
+)  # fmt: skip
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
 from wan_sharded.engine.planning.placement import HOST
@@ -287,3 +297,30 @@ def test_every_error_of_ours_is_one_family() -> None:
     assert issubclass(InvalidRequestError, ValueError)
     with pytest.raises(ValueError, match="empty batch"):
         as_picture(torch.zeros(0, 4, 4, 3))
+
+
+def test_values_that_are_no_numbers_stop_the_run(tmp_path: Path, tiny_checkpoint: Path, quick: Request) -> None:
+    """At the step that gave them, not with a black video at the end."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_checkpoint, folder)
+    (file,) = (folder / "transformer_2").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["proj_out.bias"][0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    reports: list[StepReport] = []
+    with pytest.raises(ComputationError, match=r"Step 2 \(low noise expert\) gave values that are no numbers.*download it again"):
+        ImageToVideo(ModelOwner())(open_model(folder), quick(), Callbacks(on_step=reports.append))
+    assert len(reports) == 1
+
+
+def test_a_gpu_without_bf16_has_the_model_compute_in_fp16(tiny_checkpoint: Path, quick: Request) -> None:
+    machine = imagined_machine(2)
+    old = replace(machine, devices=(replace(machine.devices[0], compute_capability=(7, 5)), machine.devices[1]))
+    handle = open_model(tiny_checkpoint)
+    plan = ModelOwner().dry_plan(handle, old, quick().shape)
+    assert plan.precision.dtype == torch.float16
+    assert any(note.startswith(old.devices[0].label) and "computes in fp16" in note for note in plan.notes)
+    without = ModelOwner().dry_plan(replace(handle, max_memory_gib={0: -1}), old, quick().shape)
+    assert without.precision.dtype == torch.bfloat16 and not any("fp16" in note for note in without.notes)
+    with pytest.raises(UnsupportedError, match=r"weight_dtype is bf16, which .* cannot compute in. Choose default, fp16"):
+        ModelOwner().dry_plan(replace(handle, weight_dtype="bf16"), old, quick().shape)

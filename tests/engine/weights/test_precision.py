@@ -54,6 +54,24 @@ def test_what_a_choice_means(choice: str, stored: str, on_gpu: bool, dtype: torc
     assert bool(notes) == (choice == "default" and stored == "F32" and on_gpu), "what was not asked for is said"
 
 
+@pytest.mark.parametrize(
+    ("choice", "stored", "expected", "noted"),
+    [
+        ("default", "BF16", Precision(F16, F16), True),
+        ("default", "F8_E4M3", Precision(F16, F16, as_stored="F8_E4M3"), True),
+        ("default", "GGUF:Q4_K", Precision(F16, F16, as_stored="GGUF:Q4_K"), True),
+        ("int8", "F32", Precision(F16, INT8), True),
+        ("fp8_e4m3fn", "BF16", Precision(F16, FP8), True),
+        ("fp16", "BF16", Precision(F16, F16), False),
+        ("default", "F16", Precision(F16, F16), False),
+    ],
+)
+def test_gpus_without_bf16_compute_in_fp16(choice: str, stored: str, expected: Precision, noted: bool) -> None:
+    precision, notes = resolve_precision(choice, stored, on_gpu=True, without_bf16=["GPU 1 · RTX 2080 8 GB"])
+    assert precision == expected
+    assert [note[:21] for note in notes] == (["GPU 1 · RTX 2080 8 GB"] if noted else [])
+
+
 @pytest.mark.parametrize("stored", ["F8_E4M3", "F8_E5M2", "I8", "GGUF:Q4_K"])
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_few_bits_stay_as_they_are(stored: str, on_gpu: bool) -> None:
