@@ -95,10 +95,29 @@ def probe_machine() -> Machine:
 def _device(index: int, gpu: VisibleGpu) -> DeviceInfo:
     speed, link = measured_speeds(gpu.torch_index)
     free, _ = torch.cuda.mem_get_info(gpu.torch_index)
+    free = min(free, free_by_driver().get(_bus(gpu.torch_index), free))
     unused = torch.cuda.memory_reserved(gpu.torch_index) - torch.cuda.memory_allocated(gpu.torch_index)
     capability = torch.cuda.get_device_capability(gpu.torch_index)
     torch_device = f"cuda:{gpu.torch_index}"
     return DeviceInfo(index, gpu.name, torch_device, gpu.total_bytes, int(free + unused), capability, True, speed, link)
+
+
+def _bus(torch_index: int) -> int:
+    return int(getattr(torch.cuda.get_device_properties(torch_index), "pci_bus_id", -1))
+
+
+def free_by_driver(*, windows: bool = os.name == "nt") -> dict[int, int]:
+    """PCI bus -> free bytes of a GPU as the driver's tool has it, on Windows; nothing elsewhere.
+
+    There CUDA leaves out what other programs hold, and what goes beyond is not refused but put into system memory, many times slower.
+    """
+    lines = _nvidia_smi("pci.bus_id,memory.free", "noheader,nounits") if windows else ()
+    free: dict[int, int] = {}
+    for line in lines:
+        place, _, mib = line.partition(",")
+        if place.count(":") == 2 and mib.strip().isdigit():  # 00000000:01:00.0, 10240
+            free[int(place.split(":")[1], 16)] = int(mib) * 1024**2
+    return free
 
 
 def measured_speeds(torch_index: int) -> tuple[float | None, float | None]:
@@ -245,15 +264,22 @@ def release_cached(torch_devices: Iterable[str]) -> None:
 @lru_cache(maxsize=1)
 def installed_gpus() -> tuple[str, ...]:
     """Names of the GPUs the driver sees, visible to this process or not; empty where nvidia-smi is missing."""
+    return tuple(short_name(line) for line in _nvidia_smi("name", "noheader"))
+
+
+def _nvidia_smi(query: str, form: str) -> tuple[str, ...]:
+    """The driver's tool's answer, line by line; nothing where it is missing or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
+    no_window = getattr(subprocess, "CREATE_NO_WINDOW", 0)
+    command = [tool, f"--query-gpu={query}", f"--format=csv,{form}"]
     try:
-        listed = subprocess.run([tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10)
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=10, creationflags=no_window)
     except (OSError, subprocess.TimeoutExpired):
         return ()
     lines = [line.strip() for line in listed.stdout.splitlines()] if listed.returncode == 0 else []
-    return tuple(short_name(line) for line in lines if line)
+    return tuple(line for line in lines if line)
 
 
 def hidden_gpu_warning() -> tuple[str, ...]:

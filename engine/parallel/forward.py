@@ -66,6 +66,7 @@ class ParallelForward:
         on_stage: Callable[[str], None] = lambda words: None,
     ):
         self._expert, self._crew, self._functions = expert, crew, functions
+        functions.devices = {worker.device for worker in crew.workers}
         self._forwards_left, self._on_stage = forwards_left, on_stage
         blocks: Any = expert.model.blocks
         self._block_count = len(blocks)
@@ -217,6 +218,8 @@ class ParallelForward:
         decided = share.multiply_few_bits is not None or self._expert.name in share.measured_few_bits
         if decided or self._expert.precision.dtype != torch.bfloat16:
             return False
+        if not self._functions.compiled_on(share.worker.device):
+            return False
         dtypes = {tensor.dtype for name, tensor in self._expert.block_weights("blocks.0").items() if name.endswith(".weight")}
         return any(dtype in FEW_BITS_ERROR and probe.multiplies_few_bits(share.worker.device, dtype) for dtype in dtypes)
 
@@ -229,9 +232,13 @@ class ParallelForward:
         allowed = max(FEW_BITS_ERROR[t.dtype] for name, t in weights.items() if name.endswith(".weight") and t.dtype in FEW_BITS_ERROR)
         self._set_few_bits(able, True)
         self._first_blocks(given)  # compiled anew for this, maybe
-        if not self._functions.compiled:
-            self._forget_few_bits(able)  # it failed; eagerly it is not considered
-            return
+        failed = [share for share in able if not self._functions.compiled_on(share.worker.device)]
+        if failed:
+            self._forget_few_bits(failed)  # eagerly it is not considered
+            able = [share for share in able if not any(share is one for one in failed)]
+            if not able:
+                return
+            self._few_bits_settled = True
         quick_states, quick = self._first_blocks(given)
         self._set_few_bits(able, False)
         self._first_blocks(given)

@@ -5,6 +5,7 @@ once, and needs Triton (and a C compiler); where it fails, the plain functions g
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,6 +42,9 @@ def pays_off(seconds_per_forward: float, forwards: int, devices: int) -> bool:
     return seconds_per_forward * forwards * SAVED_SHARE > COMPILE_SECONDS * devices
 
 
+# In a compiler's words; people put the note into bug reports.
+_PATHS = re.compile(r"(?:[A-Za-z]:)?[\\/][\w.~-]+[\\/][^\s'\",:;)]*")
+
 # Of one function: for each device, with and without LoRAs, with weights of either precision.
 VERSIONS = 64
 
@@ -65,6 +69,9 @@ class BlockFunctions:
         self._compilable = compilable
         self.compiled = False
         self.failure: str | None = None
+        # Those that compute; one that can't be compiled for goes on without, the others with.
+        self.devices: set[torch.device] = set()
+        self.without: set[torch.device] = set()
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     @property
@@ -79,26 +86,33 @@ class BlockFunctions:
         try:
             self._compiled = {function.__name__: torch.compile(function, fullgraph=True) for function in halves}
         except RuntimeError as error:  # a Python or a system that torch can't compile for at all
-            self._give_up(error)
+            self._give_up(error, self.devices)
         else:
             self.compiled = True
 
-    def _give_up(self, error: Exception) -> None:
-        """Go on with plain functions, for good."""
+    def compiled_on(self, device: torch.device) -> bool:
+        """Whether a device computes with compiled halves."""
+        return self.compiled and device not in self.without
+
+    def _give_up(self, error: Exception, devices: set[torch.device]) -> None:
+        """Go on with plain functions on these devices, for good."""
         words = str(error).strip() or "no reason given"
-        self.failure = f"{type(error).__name__}: {words.splitlines()[0]}"
-        self.compiled = False
-        logger.warning("Compiling the blocks failed, going on without: %s", self.failure)
+        self.failure = _PATHS.sub("...", f"{type(error).__name__}: {words.splitlines()[0]}")
+        self.without |= devices
+        self.compiled = self.compiled and bool(self.devices - self.without)
+        where = f" for {', '.join(map(str, sorted(devices, key=str)))}" if self.compiled else ""
+        logger.warning("Compiling the blocks%s failed, going on without: %s", where, self.failure)
 
     def _call(self, plain: Callable[..., Any], *arguments: Any) -> Any:
-        if self.compiled:
+        device = arguments[1].device
+        if self.compiled_on(device):
             try:
                 with _many_versions():
                     return self._compiled[plain.__name__](*arguments)
             except Exception as error:  # compilers raise many kinds, at any new size; the plain functions are what is certain
                 if is_out_of_memory(error):
                     raise
-                self._give_up(error)
+                self._give_up(error, {device})
         return plain(*arguments)
 
     def project(self, weights: Any, x: torch.Tensor, temb: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:

@@ -239,3 +239,13 @@ def test_other_makers_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "an Apple GPU" in warning
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert usable.other_accelerator_warning() == ()
+
+
+def test_on_windows_the_driver_says_what_is_free(nvidia_smi: Callable[[str], None], cuda: Callable[..., None], monkeypatch) -> None:
+    nvidia_smi("case $1 in *memory*) printf '00000000:02:00.0, 5120\n00000000:01:00.0, [N/A]\n';; *) printf 'A\nB\n';; esac")
+    assert probe.free_by_driver(windows=False) == {}
+    found = probe.free_by_driver(windows=True)
+    assert found == {2: 5 * GIB}
+    monkeypatch.setattr(probe, "free_by_driver", lambda: found)
+    cuda(("NVIDIA A", 1, 16, 14), ("NVIDIA B", 2, 12, 11))
+    assert [device.free_bytes for device in probe.probe_machine().devices] == [14 * GIB, 5 * GIB]

@@ -158,6 +158,30 @@ def test_what_fails_once_is_not_tried_again(caplog: pytest.LogCaptureFixture, ti
     assert caplog.text.count("going on without: RuntimeError: no") == 1
 
 
+def test_one_gpu_that_cannot_be_compiled_for_does_not_slow_the_others(tiny: Expert, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An RTX 30 beside an RTX 50: older Triton knows fp8 only from RTX 40 on."""
+    real, other = torch.device("cpu"), torch.device("meta")
+    monkeypatch.setattr(functions_module, "can_compile", lambda: True)
+    monkeypatch.setattr(torch, "compile", failing_compiler(RuntimeError("type fp8e4nv not supported in this architecture")))
+    functions = BlockFunctions(tiny.math)
+    functions.devices = {real, other}
+    functions.compile()
+    given = (tiny.block_weights("blocks.0"), torch.randn(1, 7, 48), torch.randn(1, 6, 48), *(torch.randn(1, 7, 1, 16) for _ in range(2)))
+    assert all(torch.equal(a, b) for a, b in zip(functions.project(*given), tiny.math.project(*given), strict=True))
+    assert functions.compiled and functions.compiled_on(other) and not functions.compiled_on(real)
+    assert functions.failure is not None and "fp8e4nv" in functions.failure
+    functions._give_up(RuntimeError("no"), {other})
+    assert not functions.compiled
+
+
+@pytest.mark.parametrize("words", ["C:\\Users\\Jane\\a\\x.py", "/home/jane/venv/lib/x.so", "C:/Users/jane/AppData/Local/tcc.exe"])
+def test_a_note_names_nobodys_folders(tiny: Expert, words: str) -> None:
+    functions = BlockFunctions(tiny.math)
+    functions._give_up(OSError(f"cannot run {words}: exit code 1"), set())
+    assert functions.failure is not None and "jane" not in functions.failure.lower()
+    assert functions.failure.startswith("OSError: cannot run ...")
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
