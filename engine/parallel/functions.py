@@ -5,6 +5,7 @@ once, and needs Triton (and a C compiler); where it fails, the plain functions g
 """
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from ..transformer.wan_block import BlockMath
 logger = logging.getLogger(__name__)
 
 # What compiling takes per device, and what of a forward's time it is expected to save (benchmarks/parallel.py).
-COMPILE_SECONDS = 10.0
+COMPILE_SECONDS = 40.0 if os.name == "nt" else 10.0  # guessed on Windows, where torch compiles in one process
 SAVED_SHARE = 0.1
 
 

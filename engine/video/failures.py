@@ -13,7 +13,7 @@ _REMEDIES = {
     errno.EFBIG: "The file became larger than this disk or account allows. Use a higher quality number, or write to another disk.",
     errno.EACCES: "No permission to write there. Allow writing to the folder, close programs that have the file open, or choose another folder.",
     errno.EROFS: "The disk is read-only. Choose another folder.",
-    errno.ENOENT: "The folder does not exist. Create it, or choose another one.",
+    errno.ENOENT: "The folder does not exist, or on Windows its path is too long (260 letters). Create it, or choose another one.",
     errno.ENOTDIR: "A file stands where a folder should be. Rename it, or choose another folder.",
     errno.EEXIST: "A file stands where a folder should be. Rename it, or choose another folder.",
     errno.EISDIR: "A folder of that name exists. Choose another file name.",
