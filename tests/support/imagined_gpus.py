@@ -8,6 +8,7 @@ with the peak. So the code that moves weights and activations about is tested wi
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class ImaginedGpus(TorchDispatchMode):
     Attributes:
         peak: device index -> the most bytes that lived there since :meth:`reset_peaks`.
         capacity: device index -> bytes; more raises ``torch.OutOfMemoryError``. No entry, no limit.
+        raises: makes another error of the words.
     """
 
     current: "ImaginedGpus | None" = None
@@ -58,6 +60,7 @@ class ImaginedGpus(TorchDispatchMode):
     def __init__(self, capacity: dict[int, int] | None = None):
         super().__init__()
         self.capacity = capacity or {}
+        self.raises: Callable[[str], Exception] = torch.OutOfMemoryError
         self.peak: dict[int, int] = {}
         self._live: dict[int, int] = {}
         self._users: dict[tuple[int, int], int] = {}
@@ -150,6 +153,6 @@ class ImaginedGpus(TorchDispatchMode):
     def _count(self, index: int, nbytes: int) -> None:
         live = self._live.get(index, 0) + nbytes
         if nbytes > 0 and live > self.capacity.get(index, live):
-            raise torch.OutOfMemoryError(f"imagined GPU {index} has {self.capacity[index]} bytes, {live} were asked for")
+            raise self.raises(f"imagined GPU {index} has {self.capacity[index]} bytes, {live} were asked for")
         self._live[index] = live
         self.peak[index] = max(self.peak.get(index, 0), live)
