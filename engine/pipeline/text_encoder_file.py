@@ -15,7 +15,6 @@ from typing import Any
 import sentencepiece
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -23,6 +22,7 @@ from ..checkpoints.stored import StoredTensor
 from ..checkpoints.umt5_file import CHOOSE_TEXT_ENCODER, Umt5File, read_stored_bytes
 from ..errors import CheckpointError
 from ..planning.devices import GIB
+from ..weights.reading import TensorReader
 from .text_encoder import ACTIVATION_BYTES, DTYPES, CheckCancelled, LoadedTextEncoder, Room, folder_tokenizer, kept_dtype
 
 # As ACTIVATION_BYTES, but in float32 and with the largest matrix widened.
@@ -31,7 +31,7 @@ _TABLE = "shared.weight"
 
 
 class FileTextEncoder:
-    """Read tensor by tensor from the mapped file, each straight to its device and in the dtype it is kept in."""
+    """Read tensor by tensor from the file, each straight to its device and in the dtype it is kept in."""
 
     def __init__(self, file: Umt5File, tokenizer: Path | None, *, narrow: bool):
         self.name = file.path.name
@@ -49,15 +49,16 @@ class FileTextEncoder:
         tokenizer = self._load_tokenizer()
         model = self._skeleton()
         places = _places(model, room)
+        # Not mapped: Windows wants page file for all of a mapped file.
+        reader = TensorReader()
         try:
-            with safe_open(self._file.path, framework="pt", device="cpu") as file:
-                for name, parameter in list(model.named_parameters()):
-                    check_cancelled()
-                    owner, _, leaf = name.rpartition(".")
-                    value = _read(file, self._file.tensors[f"{owner}.weight"], parameter, scale=leaf == "scale")
-                    setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(_place(name, places)), requires_grad=False))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.name} could not be read ({error}). Was it moved or is it damaged? Download it again.") from error
+            for name, parameter in list(model.named_parameters()):
+                check_cancelled()
+                owner, _, leaf = name.rpartition(".")
+                value = _read(reader, self._file.tensors[f"{owner}.weight"], parameter, scale=leaf == "scale")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(_place(name, places)), requires_grad=False))
+        finally:
+            reader.close()
         if len(set(places.values())) > 1:
             model = dispatch_model(model, device_map=places, skip_keys="past_key_values")
         return LoadedTextEncoder(tokenizer, model, self._dtype)
@@ -159,16 +160,16 @@ def _table_dtype(stored: StoredTensor) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
-def _read(file: Any, stored: StoredTensor, kept: torch.Tensor, *, scale: bool) -> torch.Tensor:
+def _read(reader: TensorReader, stored: StoredTensor, kept: torch.Tensor, *, scale: bool) -> torch.Tensor:
     """One parameter's values, or the scale of them, on the CPU, in the shape and dtype of ``kept``."""
     if scale:
         assert stored.scale is not None
-        return file.get_tensor(stored.scale.key).to(kept.dtype).view(kept.shape)
-    value: torch.Tensor = file.get_tensor(stored.key)
+        return reader.read(stored.scale).to(kept.dtype).view(kept.shape)
+    value = reader.read(stored)
     if kept.dtype == torch.uint8:
         return value.view(torch.uint8)
     if stored.scale is not None:  # no matrix of a product: those have theirs beside them
-        value = value.float() * file.get_tensor(stored.scale.key).float().view(-1, *[1] * (value.ndim - 1))
+        value = value.float() * reader.read(stored.scale).float().view(-1, *[1] * (value.ndim - 1))
     return value.to(kept.dtype)
 
 

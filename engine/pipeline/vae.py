@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import probe
@@ -24,6 +23,7 @@ from ..loaded import LoadedModel
 from ..memory_errors import is_out_of_memory
 from ..planning.footprint import VideoShape
 from ..planning.vae_stage import VaeStage, vae_stages
+from ..weights.reading import TensorReader
 
 CheckCancelled = Callable[[], None]
 
@@ -178,14 +178,12 @@ def _vae_from_file(path: Path) -> Any:
     file = open_wan_vae_file(path)
     with init_empty_weights():
         vae: Any = AutoencoderKLWan(**file.config)
+    reader = TensorReader()
     try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            # Copies, because the VAE outlives this stage, and the mapped file may be replaced meanwhile.
-            weights = {name: opened.get_tensor(stored.key).to(torch.float32, copy=True) for name, stored in file.tensors.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"The VAE {path.name} could not be read ({error}). Was it moved or is it damaged? Download it again."
-        ) from error
+        # In memory of its own, because the VAE outlives this stage, and a mapped file may be replaced meanwhile.
+        weights = {name: reader.read(stored).float() for name, stored in file.tensors.items()}
+    finally:
+        reader.close()
     vae.load_state_dict(weights, assign=True)
     return vae.eval()
 

@@ -93,6 +93,12 @@ class TensorReader:
         count = stored.size_bytes // dtype.itemsize
         return torch.frombuffer(pages, dtype=dtype, count=count, offset=within).view(raw_shape(stored))
 
+    def read(self, stored: StoredTensor) -> torch.Tensor:
+        """A tensor on the CPU, in memory of its own."""
+        memory = torch.empty(stored.size_bytes, dtype=torch.uint8)
+        self.read_into([(stored, memory)])
+        return memory.view(stored_dtype(stored)).view(raw_shape(stored))
+
     def read_into(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> None:
         """Tensors' bytes into memory, each uint8 [size_bytes], on one or several devices.
 

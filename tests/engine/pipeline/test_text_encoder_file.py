@@ -5,7 +5,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from tiny_checkpoint import make_text_encoder
 from tiny_encoder_files import FORMS, write_umt5_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 from wan_sharded.engine import Callbacks, ImageToVideoRequest, ModelHandle, open_model
-from wan_sharded.engine.checkpoints.stored import ModelFiles
+from wan_sharded.engine.checkpoints.stored import ModelFiles, StoredTensor
 from wan_sharded.engine.errors import Cancelled, CheckpointError
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.pipeline import text as text_module
@@ -23,6 +22,7 @@ from wan_sharded.engine.pipeline import text_encoder_file
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
 from wan_sharded.engine.pipeline.text import MAX_TOKENS, open_text_encoder
 from wan_sharded.engine.pipeline.text_encoder_file import FileTextEncoder, SentencePieceTokenizer
+from wan_sharded.engine.weights.reading import TensorReader
 
 PROMPTS = ["A white cat wearing sunglasses sits on a surfboard.", "色调艳丽，过曝，静态", ""]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -157,29 +157,18 @@ def test_each_tensor_is_read_once_and_none_is_held_twice(
     read: list[str] = []
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most = 0
-    real = text_encoder_file.safe_open
+    real = TensorReader.read
 
-    class Watched:
-        def __init__(self, *arguments: Any, **options: Any):
-            self._opened = real(*arguments, **options)
-
-        def __enter__(self) -> "Watched":
-            self._file = self._opened.__enter__()
-            return self
-
-        def __exit__(self, *error: Any) -> None:
-            self._opened.__exit__(*error)
-
-        def get_tensor(self, key: str) -> torch.Tensor:
-            nonlocal most
-            most = max(most, len(alive))
-            read.append(key)
-            tensor = self._file.get_tensor(key).clone()
-            alive.add(tensor)
-            return tensor
+    def watched(self: TensorReader, stored: StoredTensor) -> torch.Tensor:
+        nonlocal most
+        most = max(most, len(alive))
+        read.append(stored.key)
+        tensor = real(self, stored)
+        alive.add(tensor)
+        return tensor
 
     file = write(form)
-    monkeypatch.setattr(text_encoder_file, "safe_open", Watched)
+    monkeypatch.setattr(TensorReader, "read", watched)
     # Moving to a GPU makes a tensor of its own; here ``to`` must as well, so that what is read could go.
     monkeypatch.setattr(text_encoder_file, "_place", lambda name, places: torch.device("meta"))
     open_text_encoder(files(text_encoder=file, tokenizer=None), narrow=False).load(None, lambda: None)
