@@ -16,7 +16,7 @@ import torch
 
 from . import probe
 from .checkpoints.stored import HIGH_NOISE, LOW_NOISE, ModelFiles
-from .errors import BusyError, PlacementError
+from .errors import BusyError, PlacementError, UnsupportedError
 from .handle import ModelHandle
 from .memory_errors import is_out_of_memory
 from .owner import ModelOwner
@@ -142,6 +142,8 @@ def _planned(owner: ModelOwner, handle: ModelHandle, machine: Machine, shape: Vi
         plan = owner.dry_plan(handle, machine, shape, reserve=reserve)
     except PlacementError as error:
         return (), f"{shape} would not fit: {error}"
+    except UnsupportedError as error:
+        return (), str(error)
     return plan_bars(plan, own_vae=True), plan_report(plan)
 
 

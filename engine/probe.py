@@ -86,24 +86,22 @@ def warnings() -> tuple[str, ...]:
 def probe_machine() -> Machine:
     """The visible GPUs with their free memory now, or the CPU where there is no GPU."""
     memory = system_memory()
-    devices = tuple(_device(index, gpu) for index, gpu in enumerate(visible_gpus()))
+    free_by_bus = free_by_driver()
+    devices = tuple(_device(index, gpu, free_by_bus) for index, gpu in enumerate(visible_gpus()))
     if not devices:
         devices = (DeviceInfo(0, "CPU", "cpu", memory.total, memory.available, is_gpu=False),)
     return Machine(devices, memory.available, warnings(), fragmentation(), memory.total)
 
 
-def _device(index: int, gpu: VisibleGpu) -> DeviceInfo:
+def _device(index: int, gpu: VisibleGpu, free_by_bus: Mapping[int, int]) -> DeviceInfo:
     speed, link = measured_speeds(gpu.torch_index)
     free, _ = torch.cuda.mem_get_info(gpu.torch_index)
-    free = min(free, free_by_driver().get(_bus(gpu.torch_index), free))
+    bus = getattr(torch.cuda.get_device_properties(gpu.torch_index), "pci_bus_id", -1)
+    free = min(free, free_by_bus.get(bus, free))
     unused = torch.cuda.memory_reserved(gpu.torch_index) - torch.cuda.memory_allocated(gpu.torch_index)
     capability = torch.cuda.get_device_capability(gpu.torch_index)
     torch_device = f"cuda:{gpu.torch_index}"
     return DeviceInfo(index, gpu.name, torch_device, gpu.total_bytes, int(free + unused), capability, True, speed, link)
-
-
-def _bus(torch_index: int) -> int:
-    return int(getattr(torch.cuda.get_device_properties(torch_index), "pci_bus_id", -1))
 
 
 def free_by_driver(*, windows: bool = os.name == "nt") -> dict[int, int]:
@@ -136,7 +134,7 @@ def measured_speeds(torch_index: int) -> tuple[float | None, float | None]:
 @lru_cache(maxsize=64)
 def _measure_speeds(device: torch.device) -> tuple[float, float]:
     tokens, width = 4096, 4096
-    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= usable.BF16_CAPABILITY else torch.float16
     with torch.inference_mode():
         a = torch.randn(tokens, width, device=device, dtype=dtype)
         b = torch.randn(width, width, device=device, dtype=dtype)

@@ -14,6 +14,7 @@ from .. import probe
 from ..planning.devices import GIB, DeviceInfo
 from ..planning.footprint import VideoShape
 from ..planning.forecast import Work
+from ..usable import BF16_CAPABILITY
 from ..weights.drawn import DrawnReader, drawn_component
 from ..weights.expert import Expert
 from ..weights.host_memory import host_buffer
@@ -62,7 +63,7 @@ def measure_block(device: DeviceInfo) -> BlockSpeed:
         torch.OutOfMemoryError: a GPU has less than ``NEEDED_BYTES`` free.
     """
     where, shape, changes = torch.device(device.torch_device), GPU_SHAPE, GPU_BLOCKS
-    dtype = torch.bfloat16 if (device.compute_capability or (8, 0)) >= (8, 0) else torch.float16
+    dtype = torch.bfloat16 if (device.compute_capability or BF16_CAPABILITY) >= BF16_CAPABILITY else torch.float16
     if not device.is_gpu:
         shape, changes, dtype = CPU_SHAPE, CPU_BLOCKS, torch.float32
     try:

@@ -230,10 +230,18 @@ def test_our_shares_report_what_is_held(handle: ModelHandle, image: torch.Tensor
     assert share.loaded_size() == 0 and share.model_size() == 1
 
 
-def test_another_model_that_needs_room_does_not_drop_everything(handle: ModelHandle, image: torch.Tensor) -> None:
+def test_another_model_that_needs_room_does_not_drop_everything(
+    handle: ModelHandle, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Core asks for amounts with a fraction, and takes a rounded answer for too little."""
     expected = sample(handle, image)[0]
-    management.free_memory(1000.5, management.get_torch_device())
+    with monkeypatch.context() as patch:
+        patch.setattr(management, "get_free_memory", lambda *_, torch_free_too=False: (0, 0) if torch_free_too else 0)
+        asked: list[float] = []
+        unload = memory.GpuShare.partially_unload
+        patch.setattr(memory.GpuShare, "partially_unload", lambda self, where, amount: asked.append(amount) or unload(self, where, amount))
+        management.free_memory(1000.5, management.get_torch_device())
+    assert asked == [1000.5]
     assert OWNER.loaded is not None
     assert torch.equal(sample(handle, image)[0], expected)
 

@@ -61,6 +61,13 @@ def test_the_shape_is_that_of_the_published_model() -> None:
     assert {name: value for name, value in made.config.items() if not name.startswith("_")}.items() <= published.config.items()
 
 
+def test_a_precision_that_a_gpu_cannot_compute_in_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = replace(GPUS[1], compute_capability=(7, 5))
+    found = planned(monkeypatch, Machine((GPUS[0], old), 56 * GIB), weight_dtype="bf16")
+    assert found.plan.startswith(f"weight_dtype is bf16, which {old.label} cannot compute in.") and found.bars == ()
+    assert old.label in found.text, "what was measured is there all the same"
+
+
 def test_gpus_links_and_the_plan_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = replace(GPUS[0], speed_tflops=88.0, compute_capability=(12, 0))
     found = planned(monkeypatch, Machine((timed, GPUS[1]), 56 * GIB, ("One GPU is hidden.",)), max_memory_gib={0: 15, 1: 11})

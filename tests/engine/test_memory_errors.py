@@ -30,10 +30,14 @@ def test_only_what_was_not_torchs_own_is_discarded(monkeypatch: pytest.MonkeyPat
 
 
 def test_discarding_takes_what_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
     class Standing:
         def add_(self, _: int) -> None:
+            taken.append(1)
             raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory_errors, "spare", Standing)
     memory_errors.discard()
+    assert taken == [1]

@@ -19,12 +19,11 @@ from wan_sharded.engine import loaded as loaded_module
 from wan_sharded.engine import open_model
 from wan_sharded.engine.errors import PlacementError
 from wan_sharded.engine.owner import ModelOwner
-from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES, NO_RESERVE
+from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES, NO_RESERVE, Reserve
 from wan_sharded.engine.planning.devices import GIB
 from wan_sharded.engine.planning.placement import HOST
 from wan_sharded.engine.system_memory import SystemMemory
 from wan_sharded.engine.weights.expert import CPU, NOWHERE
-from wan_sharded.engine.weights.host_memory import HostPool
 
 EXPERTS = ("transformer", "transformer_2")
 
@@ -306,63 +305,6 @@ def test_making_room_parks_only_what_it_must(bench: Callable[..., Bench], checkp
     one.run(open_model(checkpoint, weight_dtype="fp32"))
 
 
-# ---- running out of memory all the same
-
-
-@pytest.mark.parametrize("execution", ["sequential", "parallel"])
-@pytest.mark.parametrize("raises", [torch.OutOfMemoryError, lambda _: RuntimeError("CUDA error: out of memory")], ids=["torch's", "CUDA's"])
-def test_a_forward_that_runs_out_of_memory_is_repeated_with_more_on_the_host(
-    bench: Callable[..., Bench], checkpoint: Path, expert: TinyExpert, make_request, execution: str, raises: Callable[[str], Exception]
-) -> None:
-    roomy = bench()
-    handle = open_model(checkpoint, weight_dtype="fp32", execution=execution, max_memory_gib=sliders(expert, make_request, 2.1))
-    expected = roomy.run(handle).frames
-    weights = roomy.gpus.live_bytes(0)
-    roomy.owner.release()
-    gc.collect()
-    # Loading both experts fits; the activations on top do not.
-    one = bench(capacity={0: weights + 256 * 1024})
-    one.gpus.raises = raises
-    result = one.run(handle)
-    assert any("ran out of memory" in note and "the step was repeated" in note for note in result.notes)
-    assert torch.equal(result.frames, expected)
-    if execution == "sequential":  # all at once, what waits leaves before what works
-        assert HOST in one.homes()
-    again = one.run(handle)
-    assert torch.equal(again.frames, expected)
-    assert not any("ran out of memory" in note for note in again.notes), "learned"
-
-
-def test_what_cannot_be_helped_is_raised_and_everything_let_go(bench: Callable[..., Bench], checkpoint: Path) -> None:
-    """So that ComfyUI can unload models and report it; and the next run works."""
-    one = bench(capacity={0: 8 * MIB})
-    handle = open_model(checkpoint, weight_dtype="fp32", offload="none")
-    with pytest.raises(torch.OutOfMemoryError, match=r"GPU 0 .* set its slider to [\d.]+"):
-        one.run(handle)
-    gc.collect()
-    assert one.owner.loaded is None
-    assert one.gpus.live_bytes(0) == 0
-    one.gpus.capacity.clear()
-    assert torch.isfinite(one.run(handle).frames).all()
-
-
-def test_a_system_without_memory_says_so_and_everything_is_let_go(
-    bench: Callable[..., Bench], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = bench()
-    handle = open_model(checkpoint, weight_dtype="fp32", offload="cpu")
-    with monkeypatch.context() as patch:
-
-        def full(*_: object) -> None:
-            raise MemoryError("Unable to allocate 675. MiB")
-
-        patch.setattr(HostPool, "take", full)
-        with pytest.raises(PlacementError, match=r"The system has no memory left for this.*smaller weight_dtype.*675"):
-            one.run(handle)
-    assert one.owner.loaded is None
-    assert torch.isfinite(one.run(handle).frames).all()
-
-
 # ---- messages of plans
 
 
@@ -389,6 +331,14 @@ def test_frames_that_overflow_system_memory_are_refused(checkpoint: Path, make_r
         owner.obtain(open_model(checkpoint, weight_dtype="fp32"), imagined_machine(2), absurd)
     message = str(caught.value)
     assert "8192x8192x4093 needs" in message and "64.0 GiB are free" in message and "smaller or shorter" in message
+
+
+def test_system_memory_that_is_not_ours_is_left(checkpoint: Path, make_request) -> None:
+    """In the plan, and by it wherever parts are parked."""
+    machine, handle, shape = imagined_machine(1), open_model(checkpoint), make_request().shape
+    usual, careful = (ModelOwner().dry_plan(handle, machine, shape, reserve=left) for left in (NO_RESERVE, Reserve(host_bytes=7 * GIB)))
+    assert usual.host_bytes - careful.host_bytes == 7 * GIB - NO_RESERVE.host_bytes
+    assert careful.reserve.host_bytes == 7 * GIB
 
 
 def test_a_dry_plan_changes_nothing(bench: Callable[..., Bench], checkpoint: Path) -> None:

@@ -225,9 +225,13 @@ def test_copies_that_arrive_changed_are_told_and_not_made(
     assert [warning[:50] for warning in warnings] == ([] if arrives else ["What GPU 0 sends to GPU 1 directly arrives changed"])
 
 
-def test_copies_are_compared() -> None:
+def test_copies_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert usable.copies_arrive(cpu, cpu)
+    usable._copies_arrive.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", lambda there: there.roll(1))
+        assert not usable.copies_arrive(cpu, cpu)
     meta = torch.device("meta")  # from which nothing comes back: a refusal, not a difference
     assert usable.copies_arrive(meta, meta)
 

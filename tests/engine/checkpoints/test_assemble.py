@@ -15,7 +15,7 @@ from tiny_encoder_files import write_umt5_file, write_vae_file
 from tiny_single_files import file_names
 from wan_files import SMALL, i2v_expert, write_safetensors
 from wan_sharded.engine import open_model
-from wan_sharded.engine.checkpoints.assemble import assemble_model, closest, with_partner
+from wan_sharded.engine.checkpoints.assemble import _check_different, assemble_model, closest, with_partner
 from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folder
 from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, LOW_NOISE, ModelFiles
 from wan_sharded.engine.errors import CheckpointError
@@ -136,6 +136,22 @@ def test_one_file_twice(experts: Files, tmp_path: Path, how: str) -> None:
     elif how == "a hard link":
         other.hardlink_to(plain)
     assert "wan.safetensors is chosen for both experts" in refused(high_noise=plain, low_noise=other)
+
+
+def test_drives_that_number_no_files(experts: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network drives of Windows give every file the number 0, and so take any two for the same."""
+    stat = Path.stat
+
+    def numberless(self: Path, **how: bool) -> os.stat_result:
+        found = list(stat(self, **how))
+        found[1] = found[2] = 0
+        return os.stat_result(found)
+
+    model = assemble_model(None, **experts)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", numberless)
+        patch.setattr(Path, "samefile", lambda self, other: True)
+        _check_different(model.experts)
 
 
 def test_a_folders_own_expert_in_the_other_place(make_checkpoint: Callable[..., Path]) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import wan_sharded
 from hub_server import HubServer
+from wan_sharded.engine.checkpoints import hub as hub_module
 from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folder
 from wan_sharded.engine.checkpoints.hub import is_hub_id
+from wan_sharded.engine.errors import CheckpointError
 
 MODEL = "someone/Wan2.2-Tiny-Diffusers"
 # Without the engine's __init__, which imports torch and diffusers.
@@ -190,6 +192,13 @@ def test_the_server_is_ill(hub: HubServer, python: Callable[..., dict[str, Any]]
     hub.refuse_all = (418, "Teapot")
     error = python(DOWNLOAD)["error"]
     assert "418" in error and "Try again later" in error
+
+
+def test_the_caches_drive_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda self: False)
+        with pytest.raises(CheckpointError, match="no such drive.*HF_HOME"):
+            hub_module._check_space(MODEL, 1)
 
 
 def test_too_little_disk_space(hub: HubServer, python: Callable[..., dict[str, Any]]) -> None:
