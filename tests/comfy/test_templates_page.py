@@ -26,13 +26,13 @@ SET_ALL = """([type, values]) => {
     for (const node of app.graph._nodes.filter((node) => node.type === type))
         for (const [name, value] of Object.entries(values)) node.widgets.find((w) => w.name === name).value = value;
 }"""
-# The node is high enough for its video.
+# The node is drawn high enough for its video; its size alone may be right already, and the canvas still show the one before.
 VIDEO_INSIDE = """(nodes2) => {
     const [node] = app.graph._nodes.filter((node) => node.type === "WanShardedVideoExport");
     const video = document.querySelector("video").getBoundingClientRect(), { scale, offset } = app.canvas.ds;
     const end = nodes2
         ? document.querySelector(`[data-node-id='${node.id}']`).getBoundingClientRect().bottom
-        : app.canvas.canvas.getBoundingClientRect().top + (node.pos[1] + node.size[1] + offset[1]) * scale;
+        : app.canvas.canvas.getBoundingClientRect().top + (node.boundingRect[1] + node.boundingRect[3] + offset[1]) * scale;
     return video.height > 0 && video.bottom <= end + 1;
 }"""
 # Where the classic canvas has drawn a widget: left, top, width and height on the screen.
