@@ -105,7 +105,10 @@ class LoadedModel:
             return self._call(part)
         self._undispatch(part)
         self.clear_fetch_rooms()
-        self._bring_home(part, placement, on_load)
+        try:
+            self._bring_home(part, placement, on_load)
+        finally:
+            self._host_pool.forget_prepared()
         # Hooks outlive the run that made them: they must ask the run that computes, not that one.
         if placement.parallel:
             self._calls[part] = self.computing.forward(
@@ -177,13 +180,15 @@ class LoadedModel:
         parts = list(placement.homes)
         # Parts that leave a GPU go first, so that what arrives finds their room.
         parts.sort(key=lambda name: placement.homes[name] != HOST)
-        on_gpus = plan.budgets[0].device.is_gpu
+        # What GPUs fetch waits in one piece, page-locked; where system memory is short, in its mapped file.
+        fetched = [n for n in parts if plan.budgets[0].device.is_gpu and placement.homes[n] == HOST and n.startswith("blocks.")]
         for done, name in enumerate(parts):
             self._check_cancelled()
             home = self._device(placement.homes[name])
-            # What GPUs fetch waits in one piece, page-locked; where system memory is short, in its mapped file.
-            fetched = placement.homes[name] == HOST and on_gpus and name.startswith("blocks.")
-            packed = True if fetched and (expert.packed(name) or self._host_has_room(expert.part_bytes(name))) else None
+            packed = True if name in fetched and (expert.packed(name) or self._host_has_room(expert.part_bytes(name))) else None
+            following = parts[done + 1 : done + 2]
+            if packed and following and following[0] in fetched and self._host_has_room(2 * expert.part_bytes(following[0])):
+                expert.prepare_host(following[0])
             if expert.location(name) != home or (packed and expert.packed(name) is None) or not expert.is_current(name):
                 on_load(done, len(parts), expert.name)
                 self._make_room_for_part(placement, part, name)

@@ -101,8 +101,8 @@ class BlockLoop:
             if state.exchange is not None:
                 first = state.tokens.start
                 own = slice(first + span.start, first + span.stop)
-                into = [tuple(room[:, own] for room in rooms) for rooms in (state.exchange.keys, state.exchange.values)]
-                query = placed(query, functions.project_into(*given, *into), span, state.count)
+                rooms = tuple(both[:, own] for both in state.exchange.both)
+                query = placed(query, functions.project_into(*given, rooms), span, state.count)
             else:
                 q, k, v = functions.project(*given)
                 query, keys, values = (placed(whole, piece, span, state.count) for whole, piece in ((query, q), (keys, k), (values, v)))
@@ -121,8 +121,8 @@ class BlockLoop:
             return []
         for reader in states:
             assert reader.exchange is not None
-            reader.arrived = [[] for _ in reader.exchange.keys]
-        for number in range(len(states[0].exchange.keys)):  # type: ignore[union-attr]
+            reader.arrived = [[] for _ in reader.exchange.both]
+        for number in range(len(states[0].exchange.both)):  # type: ignore[union-attr]
             for reader in states:
                 for writer in states:
                     if writer is not reader:
@@ -135,12 +135,10 @@ class BlockLoop:
         # The reader's copy is free once its attention over the last block is done.
         after = (writer.projected, reader.attended)
         arrived: Mark = None
-        for target, source in (
-            (reader.exchange.keys[group], writer.exchange.keys[group]),
-            (reader.exchange.values[group], writer.exchange.values[group]),
-        ):
-            for one in range(target.shape[0]):  # a video's slice is contiguous, a batch's is not
-                arrived = link.copy(target[one, writer.tokens], source[one, writer.tokens], after)
+        for target, source in zip(
+            reader.exchange.both[group], writer.exchange.both[group], strict=True
+        ):  # a batch's slice is not contiguous
+            arrived = link.copy(target[writer.tokens], source[writer.tokens], after)
         reader.arrived[group].append(arrived)
         writer.pulled.append(arrived)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import probe
+from ..planning.shares import MeasuredSeconds
 from .fetching import BUFFERS, Slot
 from .links import Link, make_link
 from .workers import Worker
@@ -27,10 +28,22 @@ def head_groups(heads: int, *, slow_links: bool) -> list[int]:
 
 @dataclass
 class Exchange:
-    """One worker's copy of everybody's keys and values, a tensor [B, L, heads of the group, head width] per group of heads."""
+    """One worker's copy of everybody's keys and values.
+
+    Attributes:
+        keys, values: a tensor [B, L, heads of the group, head width] per group of heads.
+        both: what these are views of, [B, L, 2, heads of the group, head width] per group, so that some tokens' keys and values are one
+            copy; nothing where nobody else reads them.
+    """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    both: list[torch.Tensor] = field(default_factory=list)
+
+    @classmethod
+    def to_be_read(cls, both: list[torch.Tensor]) -> "Exchange":
+        """Keys and values in memory that others read."""
+        return cls([group[:, :, 0] for group in both], [group[:, :, 1] for group in both], both)
 
 
 @dataclass
@@ -78,6 +91,7 @@ class Crew:
     slot_bytes: int = 0
 
     def __post_init__(self) -> None:
+        self.measured = MeasuredSeconds()
         self._links: dict[tuple[object, ...], Link] = {}
         self._exchanges: dict[int, Exchange] = {}
         self._exchange_key: tuple[object, ...] = ()
@@ -110,11 +124,8 @@ class Crew:
         for number, worker in enumerate(self.workers):
             if number not in self._exchanges:
                 with worker.computing():
-                    rooms = [
-                        [torch.empty(batch, tokens, count, head_width, dtype=dtype, device=worker.device) for count in heads]
-                        for _ in range(2)
-                    ]
-                self._exchanges[number] = Exchange(*rooms)
+                    rooms = [torch.empty(batch, tokens, 2, count, head_width, dtype=dtype, device=worker.device) for count in heads]
+                self._exchanges[number] = Exchange.to_be_read(rooms)
         return [self._exchanges[number] for number in range(len(self.workers))]
 
     def slots(self, worker: Worker, size_bytes: int) -> list[Slot]:

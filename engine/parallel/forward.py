@@ -179,6 +179,7 @@ class ParallelForward:
 
     def _time_blocks(self, given: list[torch.Tensor | None]) -> None:
         """Compute the first blocks for nothing but the last one's times."""
+        self._crew.measured.forget()
         self._learn(self._first_blocks(given)[0])
 
     def _first_blocks(self, given: list[torch.Tensor | None]) -> tuple[list[State], list[torch.Tensor]]:
@@ -284,7 +285,9 @@ class ParallelForward:
         shares = [state.share for state in states]
         if len(shares) < len(self._crew.shares):
             return
-        speeds = better_speeds([t.tokens for t in self.timings], [t.seconds for t in self.timings], [s.most for s in shares])
+        measured, tokens = self._crew.measured, [timing.tokens for timing in self.timings]
+        measured.add(tokens, [timing.seconds for timing in self.timings])
+        speeds = better_speeds(tokens, measured.average, [share.most for share in shares], measured.worthwhile_gain)
         for share, speed in zip(shares, speeds or (), strict=False):
             share.speed = speed
 

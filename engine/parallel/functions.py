@@ -122,18 +122,11 @@ class BlockFunctions:
         return self._call(self.math.project, weights, x, temb, cos, sin)
 
     def project_into(
-        self,
-        weights: Any,
-        x: torch.Tensor,
-        temb: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        keys: tuple[torch.Tensor, ...],
-        values: tuple[torch.Tensor, ...],
+        self, weights: Any, x: torch.Tensor, temb: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rooms: tuple[torch.Tensor, ...]
     ) -> Any:
         """As :meth:`BlockMath.project_into`."""
-        self._any_length(x, cos, sin, temb if temb.ndim == 4 else None, *keys, *values)
-        return self._call(self.math.project_into, weights, x, temb, cos, sin, keys, values)
+        self._any_length(x, cos, sin, temb if temb.ndim == 4 else None, *rooms)
+        return self._call(self.math.project_into, weights, x, temb, cos, sin, rooms)
 
     def finish(self, weights: Any, x: torch.Tensor, attended: torch.Tensor, temb: torch.Tensor, keys: Any) -> torch.Tensor:
         """As :meth:`BlockMath.finish`."""

@@ -1,9 +1,15 @@
 """How many tokens each device computes. Pure."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 # Shares that would save less than this stay as they are: every change of sizes costs the allocator and the kernels something.
-WORTHWHILE_GAIN = 0.02
+WORTHWHILE_GAIN = 0.01
+# What one forward takes varies by some percent, so after a single one, so much more must be expected to be gained; after n, over the root of n.
+DOUBT = 0.04
+# Forwards that are averaged over, unless a device takes so much more or less than before that something must have changed.
+REMEMBERED = 40
+CHANGED = 0.15
 
 
 def share_tokens(tokens: int, weights: Sequence[float], most: Sequence[float] | None = None) -> list[int]:
@@ -49,13 +55,51 @@ def _within(fractions: list[float], limits: list[float]) -> list[float]:
             result[i] = left * (fractions[i] / total if total > 0 else 1 / len(free))
 
 
-def better_speeds(shares: Sequence[int], seconds: Sequence[float], most: Sequence[float] | None = None) -> list[float] | None:
+class MeasuredSeconds:
+    """How long devices were busy with their shares, averaged over forwards for as long as the shares stay the same.
+
+    Shares that follow every single forward never settle, and each change of sizes makes the allocators ask for memory anew: on four GPUs
+    that took half a second a forward (benchmarks/RESULTS.md).
+    """
+
+    def __init__(self) -> None:
+        self._shares: tuple[int, ...] = ()
+        self._seconds: deque[tuple[float, ...]] = deque(maxlen=REMEMBERED)
+
+    def forget(self) -> None:
+        """What was measured does not hold any more."""
+        self._seconds.clear()
+
+    def add(self, shares: Sequence[int], seconds: Sequence[float]) -> None:
+        """One more forward's tokens and seconds of each device."""
+        if tuple(shares) != self._shares:
+            self._shares = tuple(shares)
+            self.forget()
+        if self._seconds and any(abs(now - before) > CHANGED * before for now, before in zip(seconds, self.average, strict=True)):
+            self.forget()
+        self._seconds.append(tuple(seconds))
+
+    @property
+    def average(self) -> list[float]:
+        """Seconds of each device."""
+        return [sum(device) / len(device) for device in zip(*self._seconds, strict=True)]
+
+    @property
+    def worthwhile_gain(self) -> float:
+        """What must be expected to be gained by other shares, of a forward's time: the less the more forwards were measured."""
+        return WORTHWHILE_GAIN + DOUBT / max(1, len(self._seconds)) ** 0.5
+
+
+def better_speeds(
+    shares: Sequence[int], seconds: Sequence[float], most: Sequence[float] | None = None, gain: float = WORTHWHILE_GAIN
+) -> list[float] | None:
     """Speeds to share out by from now on, if that is worth it.
 
     Args:
         shares: tokens each device computed.
         seconds: how long each was busy with them, waiting left out.
         most: as for :func:`share_tokens`.
+        gain: the fraction of the time that other shares must save.
 
     Returns:
         Tokens per second of each device, or ``None`` where the devices already finish together.
@@ -65,7 +109,7 @@ def better_speeds(shares: Sequence[int], seconds: Sequence[float], most: Sequenc
     speeds = [tokens / second for tokens, second in zip(shares, seconds, strict=True)]
     new = share_tokens(sum(shares), speeds, most)
     expected = max(tokens / speed for tokens, speed in zip(new, speeds, strict=True))
-    return speeds if expected < (1 - WORTHWHILE_GAIN) * max(seconds) else None
+    return speeds if expected < (1 - gain) * max(seconds) else None
 
 
 def token_ranges(shares: Sequence[int]) -> list[slice]:

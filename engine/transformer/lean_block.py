@@ -63,12 +63,12 @@ def lean_forward(
     batch, length, _ = hidden_states.shape
     cos, sin = rotary_tables(*rotary_emb)
     shape = (batch, length, math.heads, cos.shape[-1])
-    query, key, value = (hidden_states.new_empty(shape) for _ in range(3))
+    query, keys_and_values = hidden_states.new_empty(shape), hidden_states.new_empty(batch, length, 2, *shape[2:])
     for tokens in token_ranges(length):
         arguments = (weights, hidden_states[:, tokens], modulation_of(temb, tokens), cos[:, tokens], sin[:, tokens])
-        query[:, tokens] = math.project_into(*arguments, (key[:, tokens],), (value[:, tokens],))
-    attended = attend(query, key, value)
-    del query, key, value
+        query[:, tokens] = math.project_into(*arguments, (keys_and_values[:, tokens],))
+    attended = attend(query, *keys_and_values.unbind(2))
+    del query, keys_and_values
     keys = math.text_keys(weights, encoder_hidden_states)
     output = torch.empty_like(hidden_states)
     for tokens in token_ranges(length):

@@ -67,30 +67,23 @@ class BlockMath:
     # ---- the two halves
 
     def project_into(
-        self,
-        weights: Weights,
-        x: torch.Tensor,
-        temb: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        keys: tuple[torch.Tensor, ...],
-        values: tuple[torch.Tensor, ...],
+        self, weights: Weights, x: torch.Tensor, temb: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rooms: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
         """As :meth:`project`, with keys and values written where others will read them.
 
         Args:
-            keys, values: one tensor [B, l, some heads, head width] per group of heads, in the order of the heads; none of them
-                may share memory with another.
+            rooms: one tensor [B, l, 2, some heads, head width] per group of heads, in the order of the heads: keys, then values; none of
+                them may share memory with another.
 
         Returns:
             The query [B, l, N, head width].
         """
         query, key, value = self.project(weights, x, temb, cos, sin)
         first = 0
-        for k, v in zip(keys, values, strict=True):
-            last = first + k.shape[2]
-            k.copy_(key[:, :, first:last])
-            v.copy_(value[:, :, first:last])
+        for room in rooms:
+            last = first + room.shape[3]
+            room[:, :, 0].copy_(key[:, :, first:last])
+            room[:, :, 1].copy_(value[:, :, first:last])
             first = last
         return query
 

@@ -194,6 +194,11 @@ class Expert:
         self._holder.move_buffers(part, device)
         self._locations[part] = device
 
+    def prepare_host(self, part: str) -> None:
+        """Begin to make the memory in which a part that is read next is to stand on the host, page-locked."""
+        if self._locations[part] == NOWHERE:
+            self._host_pool.prepare(self._layout_with(part, self._adapters).total_bytes)
+
     def bring_into(self, part: str, flat: torch.Tensor, device: torch.device) -> None:
         """Have a part's weights in memory that something else stood in, once they have arrived there.
 

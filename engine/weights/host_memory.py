@@ -6,9 +6,10 @@ is registered with the driver instead, to the byte, and unregistered when its la
 
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -42,6 +43,8 @@ class PageLocking:
         self.locked_bytes = 0
         self._windows = windows
         self._refused = False
+        # Memory is made, and goes, in several threads; it may go while this one holds the lock.
+        self._counting = threading.RLock()
 
     def may_lock(self, size_bytes: int) -> bool:
         """Whether to ask for so much: not where it is known to fail."""
@@ -64,7 +67,7 @@ class PageLocking:
         portable = 1  # for all GPUs
         error = runtime.cudaHostRegister(pointer, size, portable)
         if int(error) == 0:
-            self.locked_bytes += size
+            self._count(size)
             # Called at the very beginning of the array's end, while the memory still is there.
             weakref.finalize(memory, self._unlock, runtime, pointer, size).atexit = False
         else:
@@ -74,7 +77,11 @@ class PageLocking:
 
     def _unlock(self, runtime: Any, pointer: int, size_bytes: int) -> None:
         runtime.cudaHostUnregister(pointer)
-        self.locked_bytes -= size_bytes
+        self._count(-size_bytes)
+
+    def _count(self, size_bytes: int) -> None:
+        with self._counting:
+            self.locked_bytes += size_bytes
 
     def try_again(self) -> None:
         """What was refused may be granted now: memory was given back."""
@@ -105,6 +112,13 @@ def _touch(memory: np.ndarray[Any, Any]) -> None:
             list(pool.map(lambda piece: piece.fill(0), pieces))
 
 
+def _make(size_bytes: int, made: "Future[torch.Tensor]") -> None:
+    try:
+        made.set_result(host_buffer(size_bytes))
+    except BaseException as error:
+        made.set_exception(error)
+
+
 class HostPool:
     """Buffers of parts that have left system memory, kept for the next ones: making one costs more than filling it.
 
@@ -117,6 +131,7 @@ class HostPool:
         # Of all buffers made, those that could not be page-locked.
         self.unlocked_bytes = 0
         self._free: list[torch.Tensor] = []
+        self._ahead: tuple[int, Future[torch.Tensor]] | None = None
 
     @property
     def unused_bytes(self) -> int:
@@ -128,10 +143,32 @@ class HostPool:
             if buffer.numel() == size_bytes:
                 self._free = [other for other in self._free if other is not buffer]
                 return buffer
-        buffer = host_buffer(size_bytes)
+        buffer = self._made_ahead(size_bytes)
+        if buffer is None:
+            buffer = host_buffer(size_bytes)
         if torch.cuda.is_available() and PAGE_LOCKING.allowed and not buffer.is_pinned():
             self.unlocked_bytes += size_bytes
         return buffer
+
+    def prepare(self, size_bytes: int) -> None:
+        """Begin to make the buffer that is taken next, while something else is read."""
+        if self._ahead is None and not any(buffer.numel() == size_bytes for buffer in self._free):
+            made: Future[torch.Tensor] = Future()
+            self._ahead = (size_bytes, made)
+            threading.Thread(target=_make, args=(size_bytes, made), name="wan-sharded-memory", daemon=True).start()
+
+    def forget_prepared(self) -> None:
+        """Let go of what was begun and is not needed after all."""
+        self._made_ahead(0)
+
+    def _made_ahead(self, size_bytes: int) -> torch.Tensor | None:
+        """What was begun, once it is there; nothing if it was another size, or there was no memory for it."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        size, made = ahead
+        failed = made.exception()  # waits: two at once would take the memory of two
+        return made.result() if size == size_bytes and failed is None else None
 
     def give(self, buffer: torch.Tensor) -> None:
         """Take a buffer back that nothing uses any more, copies under way included."""
@@ -141,4 +178,5 @@ class HostPool:
     def clear(self) -> None:
         """Give all unused memory back to the system."""
         self._free.clear()
+        self.forget_prepared()
         PAGE_LOCKING.try_again()

@@ -24,19 +24,27 @@ from .precision import stored_dtype
 CPU = torch.device("cpu")
 # One thread saturates neither a fast disk nor memory (benchmarks/loading.py).
 THREADS = min(8, os.cpu_count() or 1)
-PIECE_BYTES = 8 * 1024**2
+# Small enough that all threads are busy with one block's pieces until nearly its end.
+PIECE_BYTES = 4 * 1024**2
+# What is not wanted between two tensors of a file is read along where it is no more than this: one piece costs more.
+GAP_BYTES = 64 * 1024
 # Pieces that are being read, and as many that are being copied.
 BUFFERS = 2 * THREADS
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of a file, and where it goes."""
+    """A stretch of a file, and where its parts go: offsets within it, and memory on one device."""
 
     path: Path
     modified_ns: int
     offset: int
-    target: torch.Tensor
+    size_bytes: int
+    targets: tuple[tuple[int, torch.Tensor], ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.targets[0][1].device
 
 
 @dataclass
@@ -104,17 +112,17 @@ class TensorReader:
 
         On the CPU they are there when this returns. On a GPU they arrive in the order of its current stream.
         """
-        real = [(stored, target) for stored, target in wanted if target.device.type in ("cpu", "cuda")]
+        real = [(stored, target) for stored, target in wanted if target.device.type in ("cpu", "cuda") and stored.size_bytes]
         for stored, target in wanted:
             if target.device.type not in ("cpu", "cuda"):
                 target.copy_(self.mapped(stored).reshape(-1).view(torch.uint8))
-        self._read_pieces([piece for stored, target in real for piece in _pieces(stored, target)])
+        self._read_pieces(list(_pieces(real)))
 
     # ---- how
 
     def _read_pieces(self, pieces: list[_Piece]) -> None:
-        if len(pieces) == 1 and pieces[0].target.device == CPU:
-            _read(pieces[0], pieces[0].target)
+        if len(pieces) == 1 and pieces[0].device == CPU:
+            _read(pieces[0], None)
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="wan-sharded-reader")
@@ -124,9 +132,8 @@ class TensorReader:
                 if len(reading) >= THREADS:
                     self._deliver(*reading[0])
                     reading.popleft()
-                buffer = self._next_buffer() if piece.target.device != CPU else None
-                into = piece.target if buffer is None else buffer.memory[: piece.target.numel()]
-                reading.append((self._pool.submit(_read, piece, into), piece, buffer))
+                buffer = self._next_buffer() if piece.device != CPU else None
+                reading.append((self._pool.submit(_read, piece, None if buffer is None else buffer.memory), piece, buffer))
             while reading:
                 self._deliver(*reading[0])
                 reading.popleft()
@@ -141,9 +148,10 @@ class TensorReader:
         """Wait until a piece is read, and send it on."""
         future.result()
         if buffer is not None:
-            piece.target.copy_(buffer.memory[: piece.target.numel()], non_blocking=True)
+            for place, target in piece.targets:
+                target.copy_(buffer.memory[place : place + target.numel()], non_blocking=True)
             buffer.copied = torch.cuda.Event()
-            buffer.copied.record(torch.cuda.current_stream(piece.target.device))
+            buffer.copied.record(torch.cuda.current_stream(piece.device))
 
     def _next_buffer(self) -> _Buffer:
         """Room that no copy uses any more."""
@@ -157,22 +165,53 @@ class TensorReader:
         return buffer
 
 
-def _pieces(stored: StoredTensor, target: torch.Tensor) -> Iterator[_Piece]:
-    for begin in range(0, stored.size_bytes, PIECE_BYTES):
-        yield _Piece(stored.file, stored.modified_ns, stored.offset + begin, target[begin : begin + PIECE_BYTES])
+def _pieces(wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[_Piece]:
+    """What is wanted in pieces of about one size: large tensors cut, small ones that lie near each other in a file together."""
+    cut = sorted(
+        (
+            (
+                str(stored.file),
+                stored.modified_ns,
+                str(target.device),
+                stored.offset + begin,
+                stored.file,
+                target[begin : begin + PIECE_BYTES],
+            )
+            for stored, target in wanted
+            for begin in range(0, stored.size_bytes, PIECE_BYTES)
+        ),
+        key=lambda found: found[:4],
+    )
+    together: list[tuple[int, torch.Tensor]] = []
+    first = end = 0
+    for number, (_, modified_ns, _, offset, path, target) in enumerate(cut):
+        together.append((offset - first if together else 0, target))
+        first = offset if len(together) == 1 else first
+        end = offset + target.numel()
+        follows = cut[number + 1] if number + 1 < len(cut) else None
+        if (
+            follows is None
+            or follows[:3] != cut[number][:3]
+            or not end <= follows[3] <= end + GAP_BYTES
+            or follows[3] + follows[5].numel() - first > PIECE_BYTES
+        ):
+            yield _Piece(path, modified_ns, first, end - first, tuple(together))
+            together = []
 
 
-def _read(piece: _Piece, target: torch.Tensor) -> None:
-    rest = target.numpy().data
+def _read(piece: _Piece, buffer: torch.Tensor | None) -> None:
+    """A piece into a buffer, as the file has it, or into the memory where its parts go."""
     try:
         with piece.path.open("rb", buffering=0) as file:
             _check_unchanged(piece.path, file, piece.modified_ns)
-            file.seek(piece.offset)
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise _unreadable(piece.path, "it has become shorter")
-                rest = rest[count:]
+            for place, target in piece.targets if buffer is None else ((0, buffer[: piece.size_bytes]),):
+                file.seek(piece.offset + place)
+                rest = target.numpy().data
+                while rest:
+                    count = file.readinto(rest)
+                    if not count:
+                        raise _unreadable(piece.path, "it has become shorter")
+                    rest = rest[count:]
     except OSError as error:
         raise _unreadable(piece.path, error) from error
 

@@ -42,12 +42,12 @@ def test_bytes_arrive_whole(tmp_path: Path) -> None:
     entries = read_header(tmp_path / "file.safetensors")
     reader = TensorReader()
     busy = torch.randn(4096, 4096, device=GPU)
-    for _ in range(3):
-        arrived = {}
-        for name, entry in entries.items():
+    for at_once in (1, len(entries), 5):
+        arrived = {name: torch.empty(entry.size_bytes, dtype=torch.uint8, device=GPU) for name, entry in entries.items()}
+        wanted = [(entry, arrived[name]) for name, entry in entries.items()]
+        for begin in range(0, len(wanted), at_once):
             busy = busy @ busy * 1e-3  # so that copies queue up behind it
-            arrived[name] = torch.empty(entry.size_bytes, dtype=torch.uint8, device=GPU)
-            reader.read_into([(entry, arrived[name])])
+            reader.read_into(wanted[begin : begin + at_once])
         for name, tensor in tensors.items():
             assert torch.equal(arrived[name].cpu(), tensor), name
         reader.close()

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from wan_sharded.engine.planning.shares import WORTHWHILE_GAIN, better_speeds, proportions, share_tokens, token_ranges
+from wan_sharded.engine.planning.shares import WORTHWHILE_GAIN, MeasuredSeconds, better_speeds, proportions, share_tokens, token_ranges
 
 TOKENS = 32_760
 
@@ -117,7 +117,8 @@ def test_one_correction_is_enough_for_constant_speeds() -> None:
 
 def test_devices_that_finish_together_are_left_alone() -> None:
     assert better_speeds([60, 40], [1.0, 1.0]) is None
-    assert better_speeds([6000, 4000], [1.0, 1.01]) is None, "what would be gained is not worth a change"
+    assert better_speeds([6000, 4000], [1.0, 1.005]) is None, "what would be gained is not worth a change"
+    assert better_speeds([6000, 4000], [1.0, 1.1], gain=0.06) is None
     assert better_speeds([6000, 4000], [1.0, 1.3]) == pytest.approx([6000, 4000 / 1.3])
     # Unequal, but the one that could do more may not.
     assert better_speeds([7000, 3000], [1.0, 2.0], [0.7, 1.0]) is None
@@ -142,3 +143,67 @@ def test_ranges_cover_all_tokens_in_order() -> None:
 
 def test_proportions() -> None:
     assert proportions({2: 3.0, 0: 1.0}) == {2: 0.75, 0: 0.25}
+
+
+# ---- shares that settle
+
+
+def shares_of_forwards(speeds: list[float], noise: float, forwards: int, dice: random.Random, given: list[int]) -> list[list[int]]:
+    """The shares of one forward after the other, each corrected by those before it."""
+    measured, found = MeasuredSeconds(), [given]
+    for _ in range(forwards):
+        seconds = [second * dice.uniform(1 - noise, 1 + noise) for second in seconds_of(found[-1], speeds)]
+        measured.add(found[-1], seconds)
+        better = better_speeds(found[-1], measured.average, None, measured.worthwhile_gain)
+        found.append(share_tokens(TOKENS, better) if better else found[-1])
+    return found
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_equal_devices_whose_times_vary_keep_their_shares(devices: int) -> None:
+    """Nearly: following each forward, they would change in most of them."""
+    dice = random.Random(devices)
+    equal = share_tokens(TOKENS, [1.0] * devices)
+    changes = 0
+    for _ in range(50):
+        found = shares_of_forwards([5000.0] * devices, 0.03, 30, dice, equal)
+        changes += sum(a != b for a, b in zip(found, found[1:], strict=False))
+        assert all(abs(share - TOKENS / devices) < 0.04 * TOKENS / devices for shares in found for share in shares)
+    assert changes < 0.05 * 50 * 30
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+@pytest.mark.parametrize("faster", [1.08, 1.3, 3.0])
+def test_unequal_devices_finish_together_after_few_forwards(faster: float, noise: float) -> None:
+    speeds = [5000.0 * faster, 5000.0]
+    best = TOKENS / sum(speeds)
+    for seed in range(50):
+        found = shares_of_forwards(speeds, noise, 40, random.Random(seed), share_tokens(TOKENS, [1.0, 1.0]))
+        assert all(max(seconds_of(shares, speeds)) < 1.03 * best for shares in found[6:])
+        changes = sum(a != b for a, b in zip(found, found[1:], strict=False))
+        assert 1 <= changes <= 3
+
+
+def test_what_changes_much_is_not_averaged_with_what_was() -> None:
+    """Another program has begun to use the second device."""
+    measured = MeasuredSeconds()
+    for _ in range(10):
+        measured.add([500, 500], [1.0, 1.0])
+    measured.add([500, 500], [1.0, 2.0])
+    assert measured.average == [1.0, 2.0]
+    assert better_speeds([500, 500], measured.average, None, measured.worthwhile_gain) == [500.0, 250.0]
+    measured.add([500, 500], [1.0, 2.1])
+    assert measured.average == pytest.approx([1.0, 2.05])
+
+
+def test_other_shares_are_measured_anew() -> None:
+    measured = MeasuredSeconds()
+    measured.add([500, 500], [1.0, 1.1])
+    doubt = measured.worthwhile_gain
+    measured.add([500, 500], [1.0, 1.1])
+    assert WORTHWHILE_GAIN < measured.worthwhile_gain < doubt
+    measured.add([520, 480], [1.02, 1.04])
+    assert measured.average == [1.02, 1.04] and measured.worthwhile_gain == doubt
+    measured.forget()
+    measured.add([520, 480], [2.0, 2.0])
+    assert measured.average == [2.0, 2.0]

@@ -4,6 +4,7 @@ That a GPU copies from it faster is for tests/gpu; here the driver is played.
 """
 
 import gc
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -141,3 +142,61 @@ def test_windows_is_not_asked_for_what_it_refuses(monkeypatch: pytest.MonkeyPatc
     assert not windows.may_lock(gib) and linux.may_lock(4 * gib), "32 GiB: 12.8, less 1 for copies"
     windows.others_bytes = lambda: 2 * gib
     assert not windows.may_lock(gib // 2) and windows.may_lock(SMALL_BYTES)
+
+
+# ---- made ahead
+
+
+def test_what_was_prepared_is_taken_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made by another thread while this one does something else, once, however often it is asked for."""
+    made: list[str] = []
+
+    def watched(size: int) -> torch.Tensor:
+        made.append(threading.current_thread().name)
+        return host_buffer(size)
+
+    monkeypatch.setattr(host_memory, "host_buffer", watched)
+    pool = HostPool()
+    pool.prepare(KIB)
+    pool.prepare(KIB)
+    assert pool.take(KIB).numel() == KIB and made == ["wan-sharded-memory"]
+    assert pool.take(KIB).numel() == KIB and made == ["wan-sharded-memory", threading.current_thread().name]
+
+
+def test_what_waits_unused_is_not_prepared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = HostPool()
+    buffer = pool.take(KIB)
+    pool.give(buffer)
+    monkeypatch.setattr(host_memory, "host_buffer", lambda size: pytest.fail("there is one"))
+    pool.prepare(KIB)
+    assert pool.take(KIB) is buffer
+
+
+def test_prepared_in_vain() -> None:
+    """Another size is wanted, or nothing: its memory is the system's again."""
+    pool = HostPool()
+    for no_use in (lambda: pool.take(2 * KIB), pool.clear, pool.forget_prepared):
+        pool.prepare(KIB)
+        memory = weakref.ref(pool._ahead[1].result())  # type: ignore[index]
+        no_use()
+        gc.collect()
+        assert memory() is None
+
+
+def test_no_memory_for_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes it hears of it, if there still is none."""
+    answers = [MemoryError("none ahead"), host_buffer(KIB), MemoryError("none ahead"), MemoryError("none")]
+
+    def buffer(size: int) -> torch.Tensor:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(host_memory, "host_buffer", buffer)
+    pool = HostPool()
+    pool.prepare(KIB)
+    assert pool.take(KIB).numel() == KIB
+    pool.prepare(KIB)
+    with pytest.raises(MemoryError, match="^none$"):
+        pool.take(KIB)

@@ -4,6 +4,7 @@ What goes through page-locked buffers to a real GPU is in tests/gpu/test_single_
 """
 
 import os
+import random
 import sys
 import threading
 import time
@@ -145,6 +146,55 @@ def test_many_tensors_at_once(reader: TensorReader, tmp_path: Path) -> None:
         for i, (size, target) in enumerate(zip(sizes, targets, strict=True)):
             assert torch.equal(target.cpu(), any_bytes(size, i)), i
     reader.read_into([])
+
+
+def beside_each_other(path: Path, sizes: list[int], gap: int) -> list[StoredTensor]:
+    """Tensors of one file, one behind the other with as much between them."""
+    offsets = [sum(sizes[:number]) + gap * number for number in range(len(sizes))]
+    path.write_bytes(any_bytes(offsets[-1] + sizes[-1] + 3, 5).numpy().tobytes())
+    return [
+        StoredTensor(path, f"{number}", "U8", (size,), offset, size)
+        for number, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(("gap", "pieces"), [(0, 10), (7, 10), (300, 14)])
+def test_small_tensors_that_lie_near_each_other_are_one_piece(
+    reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: int, pieces: int
+) -> None:
+    """A block has thirty of them beside its ten large ones. Wanted in any order; what lies between is nobody's."""
+    monkeypatch.setattr(reading, "GAP_BYTES", 100)
+    sizes = [40, 1, 3 * PIECE + 11, 5, 1000, 8, 8, 8, 2 * PIECE, 30]
+    stored = beside_each_other(tmp_path / "a", sizes, gap)
+    found: list[reading._Piece] = []
+    read = reading._read
+    monkeypatch.setattr(reading, "_read", lambda piece, buffer: (found.append(piece), read(piece, buffer))[1])
+    whole = torch.frombuffer(bytearray(stored[0].file.read_bytes()), dtype=torch.uint8)
+    wanted = [(one, torch.zeros(one.size_bytes, dtype=torch.uint8)) for one in stored]
+    random.Random(gap).shuffle(wanted)
+    reader.read_into(wanted)
+    for one, target in wanted:
+        assert torch.equal(target, whole[one.offset : one.offset + one.size_bytes])
+    assert len(found) == pieces and all(piece.size_bytes <= PIECE for piece in found)
+    # By way of a buffer, as to a GPU.
+    for piece in found:
+        buffer = torch.zeros(PIECE, dtype=torch.uint8)
+        read(piece, buffer)
+        for place, target in piece.targets:
+            assert torch.equal(buffer[place : place + target.numel()], target)
+
+
+def test_one_tensor_for_several_places(reader: TensorReader, tmp_path: Path) -> None:
+    """And places of several devices; tensors that overlap in the file are read apart."""
+    stored = stored_in(tmp_path / "a", any_bytes(2 * PIECE))
+    part = replace(stored, offset=100, size_bytes=PIECE, shape=(PIECE,))
+    with ImaginedGpus():
+        wanted = [
+            (one, torch.zeros(one.size_bytes, dtype=torch.uint8, device=device)) for one in (stored, part, stored) for device in (CPU, LAZY)
+        ]
+        reader.read_into(wanted)
+        for one, target in wanted:
+            assert torch.equal(target.cpu(), any_bytes(2 * PIECE)[one.offset : one.offset + one.size_bytes])
 
 
 class WatchedFile:
