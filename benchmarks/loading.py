@@ -1,6 +1,6 @@
 """From files in the page cache to where weights live: seconds, GB/s beside what the read and the link allow, host memory; one GPU.
 
-    python benchmarks/loading.py [--layers 40] [--folder FOLDER]
+    python benchmarks/loading.py [--layers 40] [--folder FOLDER] [--forms fp8,bf16]
 
 Writes single files of the real 14B shape first (14 GB an expert in fp8, 29 GB in bf16), then loads both experts as a run would: to the GPU, to page-locked host memory, and quantized on the way. Beside it: reading the file alone,
 copying over the link alone, and safetensors' own ``safe_open`` with ``.to("cuda")``. At last, LoRAs are added, made weaker, and removed.
@@ -213,13 +213,14 @@ class Loading:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--forms", default="fp8,bf16", help="of the files")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wan-loading")
     parser.add_argument("--name", default="loading", help="of the results file; empty: print only")
     a = parser.parse_args()
     a.folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     probe.probe_machine()
-    for form in ("fp8", "bf16"):
+    for form in a.forms.split(","):
         pair = [a.folder / f"wan2.2_i2v_{level}_noise_14B_{form}.safetensors" for level in STEPS]
         write(pair[0], expert_tensors(a.layers, fp8=form == "fp8"))
         shutil.copyfile(*pair)

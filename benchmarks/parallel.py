@@ -36,6 +36,8 @@ from wan_sharded.engine.parallel.workers import Worker, new_stream  # noqa: E402
 from wan_sharded.engine.weights.precision import Precision  # noqa: E402
 
 GIB = 1024**3
+# At most so many until the shares stay as they are.
+SETTLING_FORWARDS = 6
 CPU = torch.device("cpu")
 
 
@@ -56,6 +58,18 @@ def timed_forward(call, inputs: list[dict], repeats: int) -> tuple[float, float,
         if number < len(inputs):
             outputs.append(output.float().cpu())
     return median(seconds[1:]), median(queued[1:]), outputs
+
+
+def settled(forward: ParallelForward, given: dict) -> list[int]:
+    """Tokens of each worker once forwards don't change them any more."""
+    tokens: list[list[int]] = []
+    with torch.inference_mode():
+        while len(tokens) < 2 or tokens[-1] != tokens[-2] and len(tokens) < SETTLING_FORWARDS:
+            forward(**given, return_dict=False)
+            tokens.append([timing.tokens for timing in forward.latest_timings().values()])
+            if len(tokens[0]) == 1:
+                break
+    return tokens[-1]
 
 
 def relative(ours: list[torch.Tensor], theirs: list[torch.Tensor] | None) -> float | None:
@@ -149,6 +163,7 @@ def sharded_row(
             forward(**inputs[0], return_dict=False)
         torch.cuda.synchronize()
         first = time.perf_counter() - began
+        settled(forward, inputs[0])
         with PeakBytes() as peak:
             row.seconds, queued, outputs = timed_forward(forward, inputs, repeats)
         row.peak_gib = peak.gib[: row.gpus]

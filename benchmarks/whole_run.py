@@ -56,8 +56,9 @@ class PeakWatch(threading.Thread):
 
 
 def idle_bytes() -> list[int]:
-    """Bytes in use on each GPU before CUDA starts here."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    """Bytes in use on each GPU that CUDA is to see (CUDA_VISIBLE_DEVICES: their numbers), before it starts here."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", *(["-i", visible] if visible else [])]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return [int(line) * 1024**2 for line in lines]
 
