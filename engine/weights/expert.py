@@ -195,9 +195,10 @@ class Expert:
         self._locations[part] = device
 
     def prepare_host(self, part: str) -> None:
-        """Begin to make the memory in which a part that is read next is to stand on the host, page-locked."""
-        if self._locations[part] == NOWHERE:
-            self._host_pool.prepare(self._layout_with(part, self._adapters).total_bytes)
+        """While the next part that comes to the host is read, make the memory for this one, unless it stands there in one piece already."""
+        layout, packed = self._layout_with(part, self._adapters), self._packed.get(part)
+        if packed is None or packed.flat.device != CPU or packed.layout is not layout:
+            self._host_pool.prepare(layout.total_bytes)
 
     def bring_into(self, part: str, flat: torch.Tensor, device: torch.device) -> None:
         """Have a part's weights in memory that something else stood in, once they have arrived there.

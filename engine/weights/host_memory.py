@@ -131,6 +131,7 @@ class HostPool:
         # Of all buffers made, those that could not be page-locked.
         self.unlocked_bytes = 0
         self._free: list[torch.Tensor] = []
+        self._following: int | None = None
         self._ahead: tuple[int, Future[torch.Tensor]] | None = None
 
     @property
@@ -139,26 +140,32 @@ class HostPool:
 
     def take(self, size_bytes: int) -> torch.Tensor:
         """A buffer as from :func:`host_buffer`; its contents are anything."""
+        buffer = self._taken(size_bytes)
+        following, self._following = self._following, None
+        if following is not None and self._ahead is None and not any(buffer.numel() == following for buffer in self._free):
+            made: Future[torch.Tensor] = Future()
+            self._ahead = (following, made)
+            threading.Thread(target=_make, args=(following, made), name="wan-sharded-memory", daemon=True).start()
+        return buffer
+
+    def _taken(self, size_bytes: int) -> torch.Tensor:
         for buffer in self._free:
             if buffer.numel() == size_bytes:
                 self._free = [other for other in self._free if other is not buffer]
                 return buffer
-        buffer = self._made_ahead(size_bytes)
-        if buffer is None:
-            buffer = host_buffer(size_bytes)
+        made = self._made_ahead(size_bytes)
+        buffer = host_buffer(size_bytes) if made is None else made
         if torch.cuda.is_available() and PAGE_LOCKING.allowed and not buffer.is_pinned():
             self.unlocked_bytes += size_bytes
         return buffer
 
     def prepare(self, size_bytes: int) -> None:
-        """Begin to make the buffer that is taken next, while something else is read."""
-        if self._ahead is None and not any(buffer.numel() == size_bytes for buffer in self._free):
-            made: Future[torch.Tensor] = Future()
-            self._ahead = (size_bytes, made)
-            threading.Thread(target=_make, args=(size_bytes, made), name="wan-sharded-memory", daemon=True).start()
+        """After the buffer that is taken next, begin to make another one, for the time after that: it is there when something has been read."""
+        self._following = size_bytes
 
     def forget_prepared(self) -> None:
-        """Let go of what was begun and is not needed after all."""
+        """Let go of what was prepared and is not needed after all."""
+        self._following = None
         self._made_ahead(0)
 
     def _made_ahead(self, size_bytes: int) -> torch.Tensor | None:

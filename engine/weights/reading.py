@@ -28,8 +28,10 @@ THREADS = min(8, os.cpu_count() or 1)
 PIECE_BYTES = 4 * 1024**2
 # What is not wanted between two tensors of a file is read along where it is no more than this: one piece costs more.
 GAP_BYTES = 64 * 1024
-# Pieces that are being read, and as many that are being copied.
-BUFFERS = 2 * THREADS
+# Pieces that are being read or wait for a thread: it finds the next one also while an earlier one takes long.
+READING = 2 * THREADS
+# And some that are being copied.
+BUFFERS = READING + THREADS
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class TensorReader:
         reading: deque[tuple[Future[None], _Piece, _Buffer | None]] = deque()
         try:
             for piece in pieces:
-                if len(reading) >= THREADS:
+                if len(reading) >= READING:
                     self._deliver(*reading[0])
                     reading.popleft()
                 buffer = self._next_buffer() if piece.device != CPU else None

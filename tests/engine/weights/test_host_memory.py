@@ -147,29 +147,41 @@ def test_windows_is_not_asked_for_what_it_refuses(monkeypatch: pytest.MonkeyPatc
 # ---- made ahead
 
 
-def test_what_was_prepared_is_taken_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made by another thread while this one does something else, once, however often it is asked for."""
-    made: list[str] = []
+@pytest.fixture
+def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the threads that made buffers."""
+    found: list[str] = []
 
     def watched(size: int) -> torch.Tensor:
-        made.append(threading.current_thread().name)
+        found.append(threading.current_thread().name)
         return host_buffer(size)
 
     monkeypatch.setattr(host_memory, "host_buffer", watched)
-    pool = HostPool()
-    pool.prepare(KIB)
-    pool.prepare(KIB)
-    assert pool.take(KIB).numel() == KIB and made == ["wan-sharded-memory"]
-    assert pool.take(KIB).numel() == KIB and made == ["wan-sharded-memory", threading.current_thread().name]
+    return found
 
 
-def test_what_waits_unused_is_not_prepared_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = HostPool()
-    buffer = pool.take(KIB)
-    pool.give(buffer)
-    monkeypatch.setattr(host_memory, "host_buffer", lambda size: pytest.fail("there is one"))
+def test_what_was_prepared_is_made_behind_the_next_one(makers: list[str]) -> None:
+    """By another thread, while this one uses what it took; once, however often it is asked for."""
+    here, pool = threading.current_thread().name, HostPool()
     pool.prepare(KIB)
-    assert pool.take(KIB) is buffer
+    pool.prepare(KIB)
+    first = pool.take(KIB)
+    assert pool._ahead is not None and makers[0] == here
+    second = pool.take(KIB)
+    assert first.numel() == second.numel() == KIB and first.data_ptr() != second.data_ptr()
+    assert makers == [here, "wan-sharded-memory"]
+    assert pool.take(KIB).numel() == KIB and makers == [here, "wan-sharded-memory", here]
+
+
+def test_what_waits_unused_is_not_made_again(makers: list[str]) -> None:
+    pool = HostPool()
+    buffers = [pool.take(KIB) for _ in range(2)]
+    for buffer in buffers:
+        pool.give(buffer)
+    makers.clear()
+    pool.prepare(KIB)
+    assert pool.take(KIB) is buffers[0] and pool.take(KIB) is buffers[1]
+    assert makers == []
 
 
 def test_prepared_in_vain() -> None:
@@ -177,15 +189,20 @@ def test_prepared_in_vain() -> None:
     pool = HostPool()
     for no_use in (lambda: pool.take(2 * KIB), pool.clear, pool.forget_prepared):
         pool.prepare(KIB)
+        pool.take(3 * KIB)
         memory = weakref.ref(pool._ahead[1].result())  # type: ignore[index]
         no_use()
         gc.collect()
         assert memory() is None
+    pool.prepare(KIB)
+    pool.forget_prepared()
+    pool.take(KIB)
+    assert pool._ahead is None
 
 
 def test_no_memory_for_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever takes it hears of it, if there still is none."""
-    answers = [MemoryError("none ahead"), host_buffer(KIB), MemoryError("none ahead"), MemoryError("none")]
+    answers = [host_buffer(1), MemoryError("none ahead"), host_buffer(KIB), host_buffer(1), MemoryError("none ahead"), MemoryError("none")]
 
     def buffer(size: int) -> torch.Tensor:
         answer = answers.pop(0)
@@ -196,7 +213,8 @@ def test_no_memory_for_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(host_memory, "host_buffer", buffer)
     pool = HostPool()
     pool.prepare(KIB)
-    assert pool.take(KIB).numel() == KIB
+    assert pool.take(1).numel() == 1 and pool.take(KIB).numel() == KIB
     pool.prepare(KIB)
+    assert pool.take(1).numel() == 1
     with pytest.raises(MemoryError, match="^none$"):
         pool.take(KIB)

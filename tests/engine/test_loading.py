@@ -1,0 +1,71 @@
+"""What is got ready ahead while experts are loaded. On imagined GPUs; that it is faster is for benchmarks/loading.py."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from engine_bench import Bench
+from wan_sharded.engine import open_model
+from wan_sharded.engine.weights import host_memory
+from wan_sharded.engine.weights.host_memory import HostPool
+
+AHEAD = "wan-sharded-memory"
+
+
+@pytest.fixture
+def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint(num_blocks=6)
+
+
+@pytest.fixture
+def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the threads that made memory on the host."""
+    found: list[str] = []
+    host_buffer = host_memory.host_buffer
+
+    def watched(size: int) -> torch.Tensor:
+        found.append(threading.current_thread().name)
+        return host_buffer(size)
+
+    monkeypatch.setattr(host_memory, "host_buffer", watched)
+    return found
+
+
+def test_a_blocks_memory_on_the_host_is_made_while_the_one_before_is_read(
+    bench: Callable[..., Bench], checkpoint: Path, makers: list[str]
+) -> None:
+    one = bench()
+    expected = one.run(open_model(checkpoint, weight_dtype="fp32", execution="parallel")).frames
+    one.owner.release()
+    assert makers == []
+    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
+    assert torch.equal(one.run(handle).frames, expected)
+    # Of each expert the first block's by the one who reads.
+    here = threading.current_thread().name
+    assert makers == [here, *[AHEAD] * 5] * 2
+    assert torch.equal(one.run(handle).frames, expected)
+    assert len(makers) == 12, "all stand there already"
+
+
+def test_a_cancel_leaves_nothing_that_was_made_ahead(
+    bench: Callable[..., Bench], checkpoint: Path, makers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = bench()
+    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
+    pools: list[HostPool] = []
+    take = HostPool.take
+
+    def cancelled(pool: HostPool, size: int) -> torch.Tensor:
+        pools.append(pool)
+        if len(pools) == 3:
+            raise KeyboardInterrupt
+        return take(pool, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostPool, "take", cancelled)
+        with pytest.raises(KeyboardInterrupt):
+            one.run(handle)
+    assert AHEAD in makers and pools[0]._ahead is None
+    assert torch.isfinite(one.run(handle).frames).all()
