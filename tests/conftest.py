@@ -23,10 +23,9 @@ WORK = ROOT / ".work"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Several test processes and their servers, each with threads for all cores that wait for each other by spinning, take seconds for what
-# one takes milliseconds for. Must be set before torch is imported; servers inherit it.
+# one takes milliseconds for; tiny models have no use for many cores either. Must be set before torch is imported; servers inherit it.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
-if workers:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+os.environ.setdefault("OMP_NUM_THREADS", str(min(8, max(1, (os.cpu_count() or 1) // max(1, workers)))))
 
 if "wan_sharded" not in sys.modules:
     pack = ModuleType("wan_sharded")
