@@ -36,8 +36,8 @@ from wan_sharded.engine.parallel.workers import Worker, new_stream  # noqa: E402
 from wan_sharded.engine.weights.precision import Precision  # noqa: E402
 
 GIB = 1024**3
-# At most so many until the shares stay as they are.
-SETTLING_FORWARDS = 6
+# So many with the same shares, and at most so many until then.
+SETTLED_FORWARDS, SETTLING_FORWARDS = 3, 8
 CPU = torch.device("cpu")
 
 
@@ -64,7 +64,9 @@ def settled(forward: ParallelForward, given: dict) -> list[int]:
     """Tokens of each worker once forwards don't change them any more."""
     tokens: list[list[int]] = []
     with torch.inference_mode():
-        while len(tokens) < 2 or tokens[-1] != tokens[-2] and len(tokens) < SETTLING_FORWARDS:
+        while len(tokens) < SETTLED_FORWARDS or (
+            len(tokens) < SETTLING_FORWARDS and any(t != tokens[-1] for t in tokens[-SETTLED_FORWARDS:])
+        ):
             forward(**given, return_dict=False)
             tokens.append([timing.tokens for timing in forward.latest_timings().values()])
             if len(tokens[0]) == 1:

@@ -33,9 +33,9 @@ from wan_sharded.engine.parallel.workers import Worker
 
 # A kernel's kind, by what its name has in it.
 KINDS = {
+    "compiled": ("triton",),  # whose names hold those of what they are made of
     "attention": ("fmha", "flash", "sdpa", "attention"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "matmul"),
-    "compiled": ("triton",),
     "copies": ("memcpy", "memset"),
 }
 
@@ -148,7 +148,8 @@ def measure(expert, gpus: int, size: str, layers: int, repeats: int, kernels: in
         for name, value in found["largest"].most_common(kernels):
             print(f"  {value:8.3f} {name}", flush=True)
     calls = ", ".join(f"{name} {count} in {milliseconds:.1f} ms" for name, (count, milliseconds) in list(host_calls(trace).items())[:8])
-    print(f"asked of CUDA in one forward: {calls}", flush=True)
+    rows.append(Row(size, "host", gpus, "bf16", note=f"asked of CUDA in one forward: {calls}"))
+    print(rows[-1], flush=True)
     return rows
 
 

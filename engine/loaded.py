@@ -187,7 +187,8 @@ class LoadedModel:
             home = self._device(placement.homes[name])
             packed = True if name in fetched and (expert.packed(name) or self._host_has_room(expert.part_bytes(name))) else None
             following = parts[done + 1 : done + 2]
-            if packed and following and following[0] in fetched and self._host_has_room(2 * expert.part_bytes(following[0])):
+            sizes = expert.part_bytes(name), *(expert.part_bytes(n) for n in following)
+            if packed and following and following[0] in fetched and self._host_has_room(sum(sizes)):
                 expert.prepare_host(following[0])
             if expert.location(name) != home or (packed and expert.packed(name) is None) or not expert.is_current(name):
                 on_load(done, len(parts), expert.name)
@@ -202,7 +203,8 @@ class LoadedModel:
         probe.release_cached([b.device.torch_device for b in plan.budgets])
 
     def _host_has_room(self, part_bytes: int) -> bool:
-        return system_memory().available - self.planned().reserve.host_bytes >= part_bytes
+        available = system_memory().available + self._host_pool.prepared_bytes
+        return available - self.planned().reserve.host_bytes >= part_bytes
 
     # ---- what a run says of itself
 

@@ -171,6 +171,7 @@ class ParallelForward:
             return False
         self._on_stage("Compiling the blocks")
         functions.compile()
+        self._crew.measured.forget()
         return functions.compiled
 
     def _pays_to_compile(self) -> bool:
@@ -287,7 +288,8 @@ class ParallelForward:
             return
         measured, tokens = self._crew.measured, [timing.tokens for timing in self.timings]
         measured.add(tokens, [timing.seconds for timing in self.timings])
-        speeds = better_speeds(tokens, measured.average, [share.most for share in shares], measured.worthwhile_gain)
+        gain = measured.worthwhile_gain(max(measured.usual) * self._block_count)
+        speeds = better_speeds(tokens, measured.usual, [share.most for share in shares], gain)
         for share, speed in zip(shares, speeds or (), strict=False):
             share.speed = speed
 

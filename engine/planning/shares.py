@@ -1,15 +1,18 @@
 """How many tokens each device computes. Pure."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 # Shares that would save less than this stay as they are: every change of sizes costs the allocator and the kernels something.
 WORTHWHILE_GAIN = 0.01
-# What one forward takes varies by some percent, so after a single one, so much more must be expected to be gained; after n, over the root of n.
-DOUBT = 0.04
-# Forwards that are averaged over, unless a device takes so much more or less than before that something must have changed.
+# What one forward takes varies by some percent, so after a single one so much more must be expected to be gained, after n over the root of n.
+DOUBT = 0.05
+# Of forwards that take longer than this, in seconds, less is doubted: a change that was not needed costs half a second, of whatever length.
+SHORT_FORWARD = 8.0
+# Forwards that are looked at, so that it is never less than 1.8 %.
 REMEMBERED = 40
-CHANGED = 0.15
+# A device that takes so much more or less than before, twice in a row, does so for a reason: what was before does not count any more.
+CHANGED = 0.06
 
 
 def share_tokens(tokens: int, weights: Sequence[float], most: Sequence[float] | None = None) -> list[int]:
@@ -56,10 +59,9 @@ def _within(fractions: list[float], limits: list[float]) -> list[float]:
 
 
 class MeasuredSeconds:
-    """How long devices were busy with their shares, averaged over forwards for as long as the shares stay the same.
+    """How long devices were busy with their shares in the forwards since the shares were last changed.
 
-    Shares that follow every single forward never settle, and each change of sizes makes the allocators ask for memory anew: on four GPUs
-    that took half a second a forward (benchmarks/RESULTS.md).
+    Shares that follow every single forward never settle, and each change of sizes makes the allocators ask for memory anew.
     """
 
     def __init__(self) -> None:
@@ -75,19 +77,33 @@ class MeasuredSeconds:
         if tuple(shares) != self._shares:
             self._shares = tuple(shares)
             self.forget()
-        if self._seconds and any(abs(now - before) > CHANGED * before for now, before in zip(seconds, self.average, strict=True)):
-            self.forget()
         self._seconds.append(tuple(seconds))
+        latest = list(self._seconds)[-2:]
+        before = list(self._seconds)[:-2]
+        if before and any(_changed(usual, *now) for usual, *now in zip(_usual(before), *latest, strict=True)):
+            self._seconds = deque(latest, maxlen=REMEMBERED)
 
     @property
-    def average(self) -> list[float]:
-        """Seconds of each device."""
-        return [sum(device) / len(device) for device in zip(*self._seconds, strict=True)]
+    def usual(self) -> list[float]:
+        """Seconds of each device: the median, of an even number the lower one, since what is odd takes longer."""
+        return _usual(self._seconds)
 
-    @property
-    def worthwhile_gain(self) -> float:
-        """What must be expected to be gained by other shares, of a forward's time: the less the more forwards were measured."""
-        return WORTHWHILE_GAIN + DOUBT / max(1, len(self._seconds)) ** 0.5
+    def worthwhile_gain(self, forward_seconds: float) -> float:
+        """What must be expected to be gained by other shares, of a forward's time: less where more forwards were measured, or long ones.
+
+        Args:
+            forward_seconds: what a forward takes.
+        """
+        doubt = DOUBT * min(1.0, SHORT_FORWARD / max(forward_seconds, 1e-9))
+        return WORTHWHILE_GAIN + doubt / max(1, len(self._seconds)) ** 0.5
+
+
+def _usual(forwards: Iterable[tuple[float, ...]]) -> list[float]:
+    return [sorted(device)[(len(device) - 1) // 2] for device in zip(*forwards, strict=True)]
+
+
+def _changed(usual: float, *latest: float) -> bool:
+    return min(latest) > (1 + CHANGED) * usual or max(latest) < (1 - CHANGED) * usual
 
 
 def better_speeds(
@@ -102,7 +118,7 @@ def better_speeds(
         gain: the fraction of the time that other shares must save.
 
     Returns:
-        Tokens per second of each device, or ``None`` where the devices already finish together.
+        Tokens per second of each device, or ``None`` where less would be gained.
     """
     if len(shares) < 2 or min(seconds) <= 0 or min(shares) <= 0:
         return None

@@ -144,8 +144,9 @@ class HostPool:
         following, self._following = self._following, None
         if following is not None and self._ahead is None and not any(buffer.numel() == following for buffer in self._free):
             made: Future[torch.Tensor] = Future()
-            self._ahead = (following, made)
-            threading.Thread(target=_make, args=(following, made), name="wan-sharded-memory", daemon=True).start()
+            with suppress(RuntimeError):  # the system has no more threads; then it is made when it is needed
+                threading.Thread(target=_make, args=(following, made), name="wan-sharded-memory", daemon=True).start()
+                self._ahead = (following, made)
         return buffer
 
     def _taken(self, size_bytes: int) -> torch.Tensor:
@@ -158,6 +159,13 @@ class HostPool:
         if torch.cuda.is_available() and PAGE_LOCKING.allowed and not buffer.is_pinned():
             self.unlocked_bytes += size_bytes
         return buffer
+
+    @property
+    def prepared_bytes(self) -> int:
+        """What is held for the buffer that is taken next; waits until it is made."""
+        if self._ahead is None or self._ahead[1].exception() is not None:
+            return 0
+        return self._ahead[0]
 
     def prepare(self, size_bytes: int) -> None:
         """After the buffer that is taken next, begin to make another one, for the time after that: it is there when something has been read."""

@@ -114,7 +114,7 @@ class TensorReader:
 
         On the CPU they are there when this returns. On a GPU they arrive in the order of its current stream.
         """
-        real = [(stored, target) for stored, target in wanted if target.device.type in ("cpu", "cuda") and stored.size_bytes]
+        real = [(stored, target) for stored, target in wanted if target.device.type in ("cpu", "cuda")]
         for stored, target in wanted:
             if target.device.type not in ("cpu", "cuda"):
                 target.copy_(self.mapped(stored).reshape(-1).view(torch.uint8))

@@ -2,13 +2,18 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from engine_bench import Bench
+from imagined_machine import TinyExpert
+from wan_sharded.engine import loaded as loaded_module
 from wan_sharded.engine import open_model
+from wan_sharded.engine.system_memory import SystemMemory, system_memory
 from wan_sharded.engine.weights import host_memory
+from wan_sharded.engine.weights.expert import CPU
 from wan_sharded.engine.weights.host_memory import HostPool
 
 AHEAD = "wan-sharded-memory"
@@ -69,3 +74,34 @@ def test_a_cancel_leaves_nothing_that_was_made_ahead(
             one.run(handle)
     assert AHEAD in makers and pools[0]._ahead is None
     assert torch.isfinite(one.run(handle).frames).all()
+
+
+@pytest.mark.parametrize("room", [1.5, 2.5, 4.0])
+def test_no_more_is_made_ahead_than_the_system_has_room_for(
+    bench: Callable[..., Bench], checkpoint: Path, makers: list[str], monkeypatch: pytest.MonkeyPatch, room: float
+) -> None:
+    """Blocks beyond that are mapped; what was made is used."""
+    one = bench()
+    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
+    made: list[int] = []
+    host_buffer = host_memory.host_buffer
+
+    def counted(size: int) -> torch.Tensor:
+        made.append(size)
+        return host_buffer(size)
+
+    monkeypatch.setattr(host_memory, "host_buffer", counted)
+    expert = TinyExpert(checkpoint)
+
+    def memory() -> SystemMemory:
+        plan = one.owner.loaded.plan if one.owner.loaded is not None else None
+        kept = plan.reserve.host_bytes if plan is not None else 0
+        return replace(system_memory(), available=kept + int(room * expert.block_bytes) - sum(made))
+
+    monkeypatch.setattr(loaded_module, "system_memory", memory)
+    assert torch.isfinite(one.run(handle).frames).all()
+    assert len(made) == int(room)
+    model = one.owner.loaded
+    assert model is not None
+    used = [packed for expert in model.experts.values() for name in expert.parts if (packed := expert.packed(name)) is not None]
+    assert sum(packed.flat.device == CPU for packed in used) == int(room), "all that was made is used"

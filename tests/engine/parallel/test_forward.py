@@ -220,6 +220,34 @@ def test_a_worker_whose_speed_changes_gets_another_share(monkeypatch, kind: Call
     assert tokens_of_the_next() == [42, 63], "its memory was planned for no more"
 
 
+def test_shares_settle(monkeypatch, kind: Callable[[str], Kind]) -> None:
+    """Forwards that vary leave them alone; a small difference moves them once it has been there for some forwards."""
+    _, expert, _ = kind("14b")
+    clock = Clock(100.0, 100.0)
+    forward = clocked(monkeypatch, expert, [1.0, 1.0], clock, timed=True)
+
+    def tokens_of_the_next(*speeds: float) -> list[int]:
+        clock.speeds = list(speeds)
+        forward(**inputs())
+        return list(tokens_of(forward).values())
+
+    for number in range(8):
+        assert tokens_of_the_next(100.0, 100.0 if number % 2 else 97.0) == [52, 53], "by turns"
+    assert tokens_of_the_next(100.0, 80.0) == tokens_of_the_next(100.0, 100.0) == [52, 53], "an odd one"
+    forward._crew.measured.forget()
+    found = [tokens_of_the_next(100.0, 93.0) for _ in range(8)]
+    assert found == [[52, 53]] * 4 + [[54, 51]] * 4
+
+
+def test_what_was_timed_before_a_calibration_does_not_count(monkeypatch, kind: Callable[[str], Kind]) -> None:
+    _, expert, _ = kind("14b")
+    forward = clocked(monkeypatch, expert, [1.0, 1.0], Clock(100.0, 100.0), timed=False)
+    for _ in range(5):
+        forward._crew.measured.add([52, 53], [9.0, 1.0])
+    forward(**inputs())
+    assert list(tokens_of(forward).values()) == [52, 53]
+
+
 def test_nothing_is_learnt_while_some_have_nothing_to_do(monkeypatch, kind: Callable[[str], Kind]) -> None:
     """Measured and guessed speeds are in different units."""
     _, expert, _ = kind("14b")

@@ -218,3 +218,63 @@ def test_no_memory_for_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> Non
     assert pool.take(1).numel() == 1
     with pytest.raises(MemoryError, match="^none$"):
         pool.take(KIB)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("the driver's"), KeyboardInterrupt()], ids=lambda error: type(error).__name__
+)
+def test_whatever_goes_wrong_in_the_other_thread_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    answers = [host_buffer(1), error, host_buffer(KIB)]
+
+    def buffer(size: int) -> torch.Tensor:
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(host_memory, "host_buffer", buffer)
+    pool = HostPool()
+    pool.prepare(KIB)
+    pool.take(1)
+    assert pool.prepared_bytes == 0
+    assert pool.take(KIB).numel() == KIB
+
+
+def test_a_system_without_threads(monkeypatch: pytest.MonkeyPatch, makers: list[str]) -> None:
+    """It is made when it is needed, then."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = HostPool()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        pool.prepare(KIB)
+        assert pool.take(KIB).numel() == KIB
+        pool.forget_prepared()
+    assert pool.prepared_bytes == 0 and pool.take(KIB).numel() == KIB
+    assert makers == [threading.current_thread().name] * 2
+
+
+def test_one_at_a_time(makers: list[str]) -> None:
+    """What is under way is not begun again where something else served in between; and it counts as held."""
+    pool = HostPool()
+    waiting = pool.take(2 * KIB)
+    pool.prepare(KIB)
+    pool.take(3 * KIB)
+    ahead = pool._ahead
+    assert pool.prepared_bytes == KIB
+    pool.give(waiting)
+    pool.prepare(KIB)
+    assert pool.take(2 * KIB) is waiting and pool._ahead is ahead
+    assert pool.take(KIB) is ahead[1].result() and pool.prepared_bytes == 0  # type: ignore[index]
+
+
+def test_what_was_made_ahead_counts_as_not_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(PageLocking, "may_lock", lambda self, size: False)
+    pool = HostPool()
+    pool.prepare(KIB)
+    pool.take(1)
+    pool.take(KIB)
+    assert pool.unlocked_bytes == KIB + 1

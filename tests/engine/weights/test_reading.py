@@ -184,17 +184,31 @@ def test_small_tensors_that_lie_near_each_other_are_one_piece(
             assert torch.equal(buffer[place : place + target.numel()], target)
 
 
-def test_one_tensor_for_several_places(reader: TensorReader, tmp_path: Path) -> None:
-    """And places of several devices; tensors that overlap in the file are read apart."""
-    stored = stored_in(tmp_path / "a", any_bytes(2 * PIECE))
-    part = replace(stored, offset=100, size_bytes=PIECE, shape=(PIECE,))
-    with ImaginedGpus():
-        wanted = [
-            (one, torch.zeros(one.size_bytes, dtype=torch.uint8, device=device)) for one in (stored, part, stored) for device in (CPU, LAZY)
-        ]
-        reader.read_into(wanted)
-        for one, target in wanted:
-            assert torch.equal(target.cpu(), any_bytes(2 * PIECE)[one.offset : one.offset + one.size_bytes])
+def test_what_is_not_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of other files, of another version of the file, for other devices; and those that overlap."""
+    monkeypatch.setattr(reading, "PIECE_BYTES", 1000)
+    meta, bytes_each = torch.device("meta"), 10
+
+    def wanted(name: str, offset: int, device: torch.device = CPU, modified_ns: int = 0) -> tuple[StoredTensor, torch.Tensor]:
+        stored = StoredTensor(tmp_path / name, "t", "U8", (bytes_each,), offset, bytes_each, modified_ns=modified_ns)
+        return stored, torch.empty(bytes_each, dtype=torch.uint8, device=device)
+
+    def pieces(*asked: tuple[StoredTensor, torch.Tensor]) -> list[tuple[str, int, int, int, str]]:
+        found = list(reading._pieces(asked))
+        for piece in found:
+            assert {target.device for _, target in piece.targets} == {piece.device}
+        return [(piece.path.name, piece.offset, piece.size_bytes, len(piece.targets), piece.device.type) for piece in found]
+
+    assert pieces(wanted("a", 10), wanted("a", 0)) == [("a", 0, 20, 2, "cpu")]
+    assert pieces(wanted("a", 0), wanted("b", 10)) == [("a", 0, 10, 1, "cpu"), ("b", 10, 10, 1, "cpu")]
+    assert pieces(wanted("a", 0), wanted("a", 10, meta)) == [("a", 0, 10, 1, "cpu"), ("a", 10, 10, 1, "meta")]
+    assert pieces(wanted("a", 0, modified_ns=1), wanted("a", 10, modified_ns=2)) == [("a", 0, 10, 1, "cpu"), ("a", 10, 10, 1, "cpu")]
+    assert pieces(wanted("a", 0), wanted("a", 5)) == [("a", 0, 10, 1, "cpu"), ("a", 5, 10, 1, "cpu")]
+    assert pieces(wanted("a", 0), wanted("a", 0)) == [("a", 0, 10, 1, "cpu")] * 2
+
+
+def test_there_are_buffers_for_what_is_read_and_some_that_are_copied() -> None:
+    assert reading.BUFFERS > reading.READING > reading.THREADS
 
 
 class WatchedFile:
