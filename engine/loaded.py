@@ -186,10 +186,9 @@ class LoadedModel:
             self._check_cancelled()
             home = self._device(placement.homes[name])
             packed = True if name in fetched and (expert.packed(name) or self._host_has_room(expert.part_bytes(name))) else None
-            following = parts[done + 1 : done + 2]
-            sizes = expert.part_bytes(name), *(expert.part_bytes(n) for n in following)
-            if packed and following and following[0] in fetched and self._host_has_room(sum(sizes)):
-                expert.prepare_host(following[0])
+            self._host_pool.prepare(
+                self._host_bytes_after(expert, name, [n for n in parts[done + 1 : done + 2] if n in fetched]) if packed else 0
+            )
             if expert.location(name) != home or (packed and expert.packed(name) is None) or not expert.is_current(name):
                 on_load(done, len(parts), expert.name)
                 self._make_room_for_part(placement, part, name)
@@ -201,6 +200,11 @@ class LoadedModel:
         expert.close_files()
         # Leftovers of conversions would stand in the way of activations.
         probe.release_cached([b.device.torch_device for b in plan.budgets])
+
+    def _host_bytes_after(self, expert: Expert, name: str, following: Sequence[str]) -> int:
+        """What to make for the part that follows on the host, if there is room for it beside this one."""
+        has_room = self._host_has_room(sum(expert.part_bytes(part) for part in (name, *following)))
+        return sum(expert.host_bytes_to_make(part) for part in following) if has_room else 0
 
     def _host_has_room(self, part_bytes: int) -> bool:
         available = system_memory().available + self._host_pool.prepared_bytes

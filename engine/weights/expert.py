@@ -194,11 +194,11 @@ class Expert:
         self._holder.move_buffers(part, device)
         self._locations[part] = device
 
-    def prepare_host(self, part: str) -> None:
-        """While the next part that comes to the host is read, make the memory for this one, unless it stands there in one piece already."""
+    def host_bytes_to_make(self, part: str) -> int:
+        """What must be made so that a part can stand on the host in one piece: all of it, or nothing where it stands there already."""
         layout, packed = self._layout_with(part, self._adapters), self._packed.get(part)
-        if packed is None or packed.flat.device != CPU or packed.layout is not layout:
-            self._host_pool.prepare(layout.total_bytes)
+        stands = packed is not None and packed.flat.device == CPU and packed.layout is layout
+        return 0 if stands else layout.total_bytes
 
     def bring_into(self, part: str, flat: torch.Tensor, device: torch.device) -> None:
         """Have a part's weights in memory that something else stood in, once they have arrived there.

@@ -131,7 +131,7 @@ class HostPool:
         # Of all buffers made, those that could not be page-locked.
         self.unlocked_bytes = 0
         self._free: list[torch.Tensor] = []
-        self._following: int | None = None
+        self._following = 0
         self._ahead: tuple[int, Future[torch.Tensor]] | None = None
 
     @property
@@ -141,8 +141,8 @@ class HostPool:
     def take(self, size_bytes: int) -> torch.Tensor:
         """A buffer as from :func:`host_buffer`; its contents are anything."""
         buffer = self._taken(size_bytes)
-        following, self._following = self._following, None
-        if following is not None and self._ahead is None and not any(buffer.numel() == following for buffer in self._free):
+        following, self._following = self._following, 0
+        if following and self._ahead is None and not any(buffer.numel() == following for buffer in self._free):
             made: Future[torch.Tensor] = Future()
             with suppress(RuntimeError):  # the system has no more threads; then it is made when it is needed
                 threading.Thread(target=_make, args=(following, made), name="wan-sharded-memory", daemon=True).start()
@@ -168,12 +168,16 @@ class HostPool:
         return self._ahead[0]
 
     def prepare(self, size_bytes: int) -> None:
-        """After the buffer that is taken next, begin to make another one, for the time after that: it is there when something has been read."""
+        """After the buffer that is taken next, begin to make another one, for the time after that: it is there when something has been read.
+
+        Args:
+            size_bytes: of it; 0 = none.
+        """
         self._following = size_bytes
 
     def forget_prepared(self) -> None:
         """Let go of what was prepared and is not needed after all."""
-        self._following = None
+        self._following = 0
         self._made_ahead(0)
 
     def _made_ahead(self, size_bytes: int) -> torch.Tensor | None:

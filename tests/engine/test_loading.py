@@ -54,6 +54,23 @@ def test_a_blocks_memory_on_the_host_is_made_while_the_one_before_is_read(
     assert len(makers) == 12, "all stand there already"
 
 
+def test_what_stands_there_already_is_not_made_again(bench: Callable[..., Bench], checkpoint: Path, makers: list[str]) -> None:
+    """Some blocks were dropped, as where system memory was short."""
+    one = bench()
+    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
+    expected = one.run(handle).frames
+    model = one.owner.loaded
+    assert model is not None
+    for block in (1, 2, 4):
+        model._undispatch("transformer")
+        model.experts["transformer"].drop(f"blocks.{block}")
+    model._host_pool.clear()
+    makers.clear()
+    assert torch.equal(one.run(handle).frames, expected)
+    here = threading.current_thread().name
+    assert makers == [here, AHEAD, here]
+
+
 def test_a_cancel_leaves_nothing_that_was_made_ahead(
     bench: Callable[..., Bench], checkpoint: Path, makers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

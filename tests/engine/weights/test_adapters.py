@@ -206,26 +206,22 @@ def test_any_order_ends_where_it_would_begin(
         gc.collect()
 
 
-def test_memory_is_prepared_only_where_a_part_will_stand_elsewhere(tiny_single_files: Path, loras: dict[str, TinyLora]) -> None:
+def test_memory_is_made_only_where_a_part_will_stand_elsewhere(tiny_single_files: Path, loras: dict[str, TinyLora]) -> None:
     """Locking a block's memory takes longer than reading a LoRA."""
     expert, part = expert_in(file_of(tiny_single_files, "fp8_scaled_old")), "blocks.1"
-    pool = expert._host_pool
-
-    def prepared() -> int | None:
-        expert.prepare_host(part)
-        size, pool._following = pool._following, None
-        return size
-
-    assert prepared() == expert.sizes()[part], "nowhere yet"
+    assert expert.host_bytes_to_make(part) == expert.sizes()[part], "nowhere yet"
     expert.bring(part, CPU, CPU, packed=True)
-    assert prepared() is None
+    assert expert.host_bytes_to_make(part) == 0
     for strength, elsewhere in ((1.0, True), (0.5, False), (0.0, True)):
         expert.use_loras(choices(loras, (("matrices", strength),)) if strength else [])
-        assert prepared() == (expert.sizes()[part] if elsewhere else None)
+        assert expert.host_bytes_to_make(part) == (expert.sizes()[part] if elsewhere else 0)
         expert.bring(part, CPU, CPU, packed=True)
+    with ImaginedGpus():
+        expert.bring(part, LAZY, LAZY)
+        assert expert.host_bytes_to_make(part) == expert.sizes()[part], "on a GPU"
     expert.drop(part)
     expert.bring(part, CPU, CPU, packed=False)
-    assert prepared() == expert.sizes()[part], "not in one piece"
+    assert expert.host_bytes_to_make(part) == expert.sizes()[part], "not in one piece"
 
 
 def matrices_read(reads: list[StoredTensor], expert: Expert) -> set[str]:
