@@ -160,6 +160,18 @@ def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+def answering(monkeypatch: pytest.MonkeyPatch, answers: list[torch.Tensor | BaseException]) -> None:
+    """Each time that memory is made, the next of these: a buffer, or what is raised."""
+
+    def buffer(size: int) -> torch.Tensor:
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(host_memory, "host_buffer", buffer)
+
+
 def test_what_was_prepared_is_made_behind_the_next_one(makers: list[str]) -> None:
     """By another thread, while this one uses what it took; once, however often it is asked for."""
     here, pool = threading.current_thread().name, HostPool()
@@ -203,14 +215,7 @@ def test_prepared_in_vain() -> None:
 def test_no_memory_for_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever takes it hears of it, if there still is none."""
     answers = [host_buffer(1), MemoryError("none ahead"), host_buffer(KIB), host_buffer(1), MemoryError("none ahead"), MemoryError("none")]
-
-    def buffer(size: int) -> torch.Tensor:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(host_memory, "host_buffer", buffer)
+    answering(monkeypatch, answers)
     pool = HostPool()
     pool.prepare(KIB)
     assert pool.take(1).numel() == 1 and pool.take(KIB).numel() == KIB
@@ -225,14 +230,7 @@ def test_no_memory_for_what_was_prepared(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_whatever_goes_wrong_in_the_other_thread_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     answers = [host_buffer(1), error, host_buffer(KIB)]
-
-    def buffer(size: int) -> torch.Tensor:
-        answer = answers.pop(0)
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(host_memory, "host_buffer", buffer)
+    answering(monkeypatch, answers)
     pool = HostPool()
     pool.prepare(KIB)
     pool.take(1)
