@@ -7,6 +7,7 @@
  */
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
+import { useOwnFileNames } from "./wan_sharded/file_names.js";
 import { setUpGpuSliders, shownSliders, widgetNames } from "./wan_sharded/gpu_sliders.js";
 import { nodeByExecutionId } from "./wan_sharded/graph.js";
 import { drawNoStill, showPicture } from "./wan_sharded/live_picture.js";
@@ -63,6 +64,7 @@ app.registerExtension({
     const onConfigure = nodeType.prototype.onConfigure;
     nodeType.prototype.onConfigure = function () {
       onConfigure?.apply(this, arguments);
+      useOwnFileNames(this);
       restoreText(this);
       restorePlacement(this);
       fitHeight(this); // the file's size may have suited a machine with fewer GPUs

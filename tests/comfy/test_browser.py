@@ -4,6 +4,7 @@ Pictures of what was seen are in .work/screenshots.
 """
 
 import re
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -225,6 +226,31 @@ def test_a_file_survives_machines_with_other_gpus(look: Look, open_page: Callabl
         workflow, visited = page.save()
         assert loader_of(workflow)["widgets_values"] == original
         assert visited["1"]["inputs"] == api["1"]["inputs"]
+
+
+def test_a_workflow_names_files_in_folders_as_another_system_does(
+    look: Look, open_page: Callable[..., Any], server_with: Callable[[str], Any]
+):
+    """Windows writes them with a backslash, and a server elsewhere would refuse the value."""
+    folder = server_with(look.frontend).base_dir / "models" / "diffusion_models" / f"on-{LOOKS.index(look)}"
+    folder.mkdir(parents=True)
+    try:
+        for level in ("high", "low"):
+            (folder / f"{level}.safetensors").touch()
+        page = open_page()
+        page.open()
+        workflow = ui_workflow("wan_i2v")
+        values = {"high_noise_model": f"{folder.name}\\high.safetensors", "low_noise_model": f"{folder.name}\\gone.safetensors"}
+        page.load(workflow)
+        page.set_values(LOADER, **values)
+        windows, _ = page.save()
+        page.load(windows)
+        inputs = page.save()[1]["1"]["inputs"]
+        assert inputs["high_noise_model"] == f"{folder.name}/high.safetensors"
+        assert inputs["low_noise_model"] == values["low_noise_model"], "it is not here, and is seen to be missing"
+        assert inputs["model"] == loader_of(workflow)["widgets_values"][0]
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_exports_are_shown_and_come_back(look: Look, open_page: Callable[..., Any]):
