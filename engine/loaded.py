@@ -186,9 +186,8 @@ class LoadedModel:
             self._check_cancelled()
             home = self._device(placement.homes[name])
             packed = True if name in fetched and (expert.packed(name) or self._host_has_room(expert.part_bytes(name))) else None
-            self._host_pool.prepare(
-                self._host_bytes_after(expert, name, [n for n in parts[done + 1 : done + 2] if n in fetched]) if packed else 0
-            )
+            following = [n for n in parts[done + 1 : done + 2] if n in fetched and packed]
+            self._host_pool.prepare(self._host_bytes_after(expert, name, following))
             if expert.location(name) != home or (packed and expert.packed(name) is None) or not expert.is_current(name):
                 on_load(done, len(parts), expert.name)
                 self._make_room_for_part(placement, part, name)
@@ -203,8 +202,9 @@ class LoadedModel:
 
     def _host_bytes_after(self, expert: Expert, name: str, following: Sequence[str]) -> int:
         """What to make for the part that follows on the host, if there is room for it beside this one."""
-        has_room = self._host_has_room(sum(expert.part_bytes(part) for part in (name, *following)))
-        return sum(expert.host_bytes_to_make(part) for part in following) if has_room else 0
+        to_make = sum(expert.host_bytes_to_make(part) for part in following)
+        has_room = to_make and self._host_has_room(sum(expert.part_bytes(part) for part in (name, *following)))
+        return to_make if has_room else 0
 
     def _host_has_room(self, part_bytes: int) -> bool:
         available = system_memory().available + self._host_pool.prepared_bytes

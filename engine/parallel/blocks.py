@@ -135,9 +135,8 @@ class BlockLoop:
         # The reader's copy is free once its attention over the last block is done.
         after = (writer.projected, reader.attended)
         arrived: Mark = None
-        for target, source in zip(
-            reader.exchange.both[group], writer.exchange.both[group], strict=True
-        ):  # a batch's slice is not contiguous
+        # One copy for each video of a batch, whose slices are contiguous.
+        for target, source in zip(reader.exchange.both[group], writer.exchange.both[group], strict=True):
             arrived = link.copy(target[writer.tokens], source[writer.tokens], after)
         reader.arrived[group].append(arrived)
         writer.pulled.append(arrived)

@@ -171,7 +171,6 @@ class ParallelForward:
             return False
         self._on_stage("Compiling the blocks")
         functions.compile()
-        self._crew.measured.forget()
         return functions.compiled
 
     def _pays_to_compile(self) -> bool:

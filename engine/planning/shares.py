@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 WORTHWHILE_GAIN = 0.01
 # What one forward takes varies by some percent, so after a single one so much more must be expected to be gained, after n over the root of n.
 DOUBT = 0.05
-# Of forwards that take longer than this, in seconds, less is doubted: a change that was not needed costs half a second, of whatever length.
+# Of forwards that take longer than this, in seconds, less is doubted: what a change that was not needed costs does not grow with them.
 SHORT_FORWARD = 8.0
 # Forwards that are looked at, so that it is never less than 1.8 %.
 REMEMBERED = 40

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers_reference import load_pipeline, reference_frames
 from engine_bench import Bench, benches
+from imagined_machine import TinyExpert
 from wan_sharded.engine import ImageToVideoRequest
 
 SIZE = {"width": 64, "height": 48, "num_frames": 5, "num_inference_steps": 3}
@@ -86,9 +87,20 @@ def diffusers_frames() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
+def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    """8 blocks of 3 MiB in float32: large beside the activations."""
+    return make_checkpoint(num_blocks=8, num_heads=16)
+
+
+@pytest.fixture
+def expert(checkpoint: Path) -> TinyExpert:
+    return TinyExpert(checkpoint)
+
+
+@pytest.fixture
 def bench(
     checkpoint: Path, make_request: Callable[..., ImageToVideoRequest], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Bench]]:
-    """``bench(2)``: an engine on two imagined GPUs, for a test file's own ``checkpoint``."""
+    """``bench(2)``: an engine on two imagined GPUs, for ``checkpoint``, which a test file may have its own of."""
     with benches(checkpoint, make_request, monkeypatch) as make:
         yield make

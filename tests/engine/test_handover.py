@@ -19,12 +19,6 @@ from wan_sharded.engine.planning.placement import HOST
 
 
 @pytest.fixture
-def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
-    """8 blocks of 3 MiB in float32."""
-    return make_checkpoint(num_blocks=8, num_heads=16)
-
-
-@pytest.fixture
 def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The blocks that each switch moved behind the last forward before it."""
     found: list[list[int]] = []

@@ -28,17 +28,6 @@ from wan_sharded.engine.weights.expert import CPU, NOWHERE
 EXPERTS = ("transformer", "transformer_2")
 
 
-@pytest.fixture
-def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
-    """8 blocks of 3 MiB in float32."""
-    return make_checkpoint(num_blocks=8, num_heads=16)
-
-
-@pytest.fixture
-def expert(checkpoint: Path) -> TinyExpert:
-    return TinyExpert(checkpoint)
-
-
 def free_gib(slider_gib: float) -> float:
     """What must be free for "automatic" to give as much as a slider."""
     return (slider_gib - CONTEXT_BYTES / GIB) / (1 - AUTOMATIC_MARGIN)

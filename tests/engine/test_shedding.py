@@ -17,17 +17,6 @@ from wan_sharded.engine.planning.placement import HOST
 from wan_sharded.engine.weights.host_memory import HostPool
 
 
-@pytest.fixture
-def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
-    """8 blocks of 3 MiB in float32: large beside the activations."""
-    return make_checkpoint(num_blocks=8, num_heads=16)
-
-
-@pytest.fixture
-def expert(checkpoint: Path) -> TinyExpert:
-    return TinyExpert(checkpoint)
-
-
 @pytest.mark.parametrize("execution", ["sequential", "parallel"])
 @pytest.mark.parametrize("raises", [torch.OutOfMemoryError, lambda _: RuntimeError("CUDA error: out of memory")], ids=["torch's", "CUDA's"])
 def test_a_forward_that_runs_out_of_memory_is_repeated_with_more_on_the_host(
