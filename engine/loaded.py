@@ -107,6 +107,9 @@ class LoadedModel:
         self.clear_fetch_rooms()
         try:
             self._bring_home(part, placement, on_load)
+        except BaseException:
+            expert.drop_arriving()
+            raise
         finally:
             self._host_pool.forget_prepared()
         # Hooks outlive the run that made them: they must ask the run that computes, not that one.
@@ -191,9 +194,10 @@ class LoadedModel:
             if expert.location(name) != home or (packed and expert.packed(name) is None) or not expert.is_current(name):
                 on_load(done, len(parts), expert.name)
                 self._make_room_for_part(placement, part, name)
-                expert.bring(name, home, plan.main_device, packed=packed)
+                expert.bring(name, home, plan.main_device, packed=packed, later=True)
                 for device, ceiling in self.ceilings.items():
                     probe.trim(str(device), ceiling)
+        expert.arrived()
         on_load(len(parts), len(parts), expert.name)
         self._synchronize()
         expert.close_files()

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
 from ..checkpoints.stored import INPUT_CHANNELS, LATENT_CHANNELS, ComponentFiles, StoredTensor
-from .reading import TensorReader
+from .reading import Reading, TensorReader
 
 # What sets Wan 2.2 I2V A14B's experts apart from diffusers' default configuration, which is Wan's 14B shape otherwise.
 WAN_14B = {"in_channels": INPUT_CHANNELS, "out_channels": LATENT_CHANNELS, "text_dim": 4096}
@@ -48,9 +48,10 @@ class DrawnReader(TensorReader):
     def mapped(self, stored: StoredTensor) -> torch.Tensor:
         return draw(stored.key, stored.shape, self._device, torch.bfloat16).cpu()
 
-    def read_into(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> None:
+    def begin(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]], *, urgent: bool = False) -> Reading:
         for stored, target in wanted:
             target.copy_(draw(stored.key, stored.shape, self._device, torch.bfloat16).reshape(-1).view(torch.uint8))
+        return Reading()
 
 
 def drawn(name: str, shape: Any, dtype: str = "BF16") -> StoredTensor:

@@ -20,7 +20,7 @@ from ..transformer.wan_block import FUSED, BlockMath, fused_name
 from . import hooks
 from .adapters import Adapters
 from .holding import NOWHERE, Holder, empty_transformer
-from .host_memory import HostPool
+from .host_memory import HostPool, copy_on_host
 from .keeping import Keeper
 from .packing import Layout
 from .precision import Precision
@@ -88,6 +88,8 @@ class Expert:
         self._layouts: dict[Any, Layout] = {}
         self._layouts_of: dict[tuple[str, Any], Layout] = {}
         self._fetches: list[hooks.FetchHook] = []
+        # Parts that may not be where they are said to be yet.
+        self._arriving: list[str] = []
 
     # ---- where parts are
 
@@ -173,7 +175,7 @@ class Expert:
 
     # ---- moving parts
 
-    def bring(self, part: str, device: torch.device, stage: torch.device, *, packed: bool | None = None) -> None:
+    def bring(self, part: str, device: torch.device, stage: torch.device, *, packed: bool | None = None, later: bool = False) -> None:
         """Have a part's weights on a device, from wherever they are.
 
         Args:
@@ -181,11 +183,13 @@ class Expert:
             device: its home.
             stage: a device that converts fast, for weights that are converted on their way to the host.
             packed: in one piece of memory, page-locked on the host; by default on GPUs only.
+            later: what is read may arrive after this returns. Nothing else must be asked of the part until :meth:`arrived`; after an
+                error, here too, :meth:`drop_arriving` is to be called.
         """
         packed = device != CPU if packed is None else packed
         where, convert_on = self._locations[part], stage if device == CPU else device
         if where == NOWHERE:
-            self._read(part, device, convert_on, packed=packed)
+            self._read(part, device, convert_on, packed=packed, later=later)
         else:
             if not self.is_current(part):
                 self._adapt(part, stage if where == CPU else where)
@@ -193,6 +197,18 @@ class Expert:
                 self._move(part, device, packed=packed or part in self._packed)
         self._holder.move_buffers(part, device)
         self._locations[part] = device
+
+    def arrived(self) -> None:
+        """Wait until all that was brought is there, or in the order of its GPU's stream."""
+        self._keeper.reader.finish()
+        self._arriving.clear()
+
+    def drop_arriving(self) -> None:
+        """Forget the parts of which it is not known whether they are there."""
+        self._keeper.reader.close()
+        for part in self._arriving:
+            self.drop(part)
+        self._arriving.clear()
 
     def host_bytes_to_make(self, part: str) -> int:
         """What must be made so that a part can stand on the host in one piece: all of it, or nothing where it stands there already."""
@@ -246,14 +262,15 @@ class Expert:
         """Let go of what reading took, once everything is at home."""
         self._keeper.reader.close()
 
-    def _read(self, part: str, device: torch.device, convert_on: torch.device, *, packed: bool) -> None:
+    def _read(self, part: str, device: torch.device, convert_on: torch.device, *, packed: bool, later: bool) -> None:
         """Read a part from its files to a device."""
         names, adapters = self._names[part], self._adapters
         layout = self._layout_with(part, adapters)
         if packed:
             flat = self._flat(layout, device)
-            self._keeper.fill(part, names, adapters, layout, flat, convert_on)
+            self._keeper.fill(part, names, adapters, layout, flat, convert_on, later=later)
             self._keep(part, layout, flat)
+            self._arriving += [part] if later else []
         else:
             self._hold(part, self._keeper.loose(part, names, adapters, convert_on))
         self._adapted[part] = adapters
@@ -287,9 +304,12 @@ class Expert:
     def _copied(self, before: Layout, flat: torch.Tensor, after: Layout) -> torch.Tensor:
         """Another piece of memory on the same device, with what is the same in both layouts."""
         copy = self._flat(after, flat.device)
-        for name, spec in after.specs.items():
-            if before.specs.get(name) == spec:
-                after.view(copy, name).copy_(before.view(flat, name))
+        same = [(copy[after.span(n)], flat[before.span(n)]) for n, spec in after.specs.items() if before.specs.get(n) == spec]
+        if flat.device == CPU:
+            copy_on_host(same)
+        else:
+            for target, source in same:
+                target.copy_(source)
         return copy
 
     def _move(self, part: str, device: torch.device, *, packed: bool) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -20,7 +20,8 @@ import torch
 from .. import memory_errors
 
 THREADS = min(8, os.cpu_count() or 1)
-TOUCHED_BYTES = 32 * 1024**2
+# What one thread does at a time.
+PIECE_BYTES = 32 * 1024**2
 # Windows locks about half of all memory, often less, and everything fails beyond. What copies go through comes last, and must be locked.
 WINDOWS_SHARE = 0.4
 KEPT_FOR_COPIES_BYTES = 1024**3
@@ -106,10 +107,18 @@ def host_buffer(size_bytes: int) -> torch.Tensor:
 
 def _touch(memory: np.ndarray[Any, Any]) -> None:
     """Have the system give the memory's pages now, to several threads: the driver alone would fetch them one by one, many times slower."""
-    pieces = [memory[begin : begin + TOUCHED_BYTES] for begin in range(0, memory.nbytes, TOUCHED_BYTES)]
+    pieces = [memory[begin : begin + PIECE_BYTES] for begin in range(0, memory.nbytes, PIECE_BYTES)]
     if len(pieces) > 1:
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(lambda piece: piece.fill(0), pieces))
+
+
+def copy_on_host(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy between pieces of system memory, (target, source), uint8 and contiguous, of the same size each: one thread alone is not as fast as
+    memory is."""
+    pieces = [piece for target, source in pairs for piece in zip(target.split(PIECE_BYTES), source.split(PIECE_BYTES), strict=True)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda piece: np.copyto(piece[0].numpy(), piece[1].numpy()), pieces))
 
 
 def _make(size_bytes: int, made: "Future[torch.Tensor]") -> None:

@@ -125,8 +125,9 @@ class Keeper:
         convert_on: torch.device,
         *,
         only_added: bool = False,
+        later: bool = False,
     ) -> None:
-        """Read parameters into the one piece of memory of their part.
+        """Read parameters into the one piece of memory of their part. After an error nothing is read for any part any more.
 
         Args:
             part, names: the part, and which of its parameters.
@@ -134,11 +135,22 @@ class Keeper:
             layout, flat: where they go.
             convert_on: the device that converts; the work is queued there.
             only_added: read only what stands beside matrices whose own values stay.
+            later: what is kept as the file has it may arrive after this returns, until :meth:`TensorReader.finish`.
         """
-        for steps in _batches(self._steps(part, names, adapters, convert_on, only_added=only_added)):
+        try:
+            self._fill(self._steps(part, names, adapters, convert_on, only_added=only_added), layout, flat, convert_on)
+            if not later:
+                self.reader.finish()
+        except BaseException:
+            self.reader.stop()
+            raise
+
+    def _fill(self, wanted: Iterable[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> None:
+        for steps in _batches(wanted):
             raws = {source: self._room_for(source, convert_on) for step in steps if step.made for source in step.sources}
-            straight = [(step.sources[0], flat[layout.span(step.name)]) for step in steps if step.made is None]
-            self.reader.read_into([*straight, *((source, room.reshape(-1).view(torch.uint8)) for source, room in raws.items())])
+            to_convert = self.reader.begin([(source, room.reshape(-1).view(torch.uint8)) for source, room in raws.items()], urgent=True)
+            self.reader.begin([(step.sources[0], flat[layout.span(step.name)]) for step in steps if step.made is None])
+            to_convert.wait()
             for step in steps:
                 for name, tensor in step.made([raws[source] for source in step.sources]).items() if step.made else ():
                     layout.view(flat, name).copy_(tensor, non_blocking=True)

@@ -1,18 +1,21 @@
 """Tensors from checkpoint files to where they are wanted, each once, as the files have them.
 
-Several threads read, piece by piece. To a GPU the pieces go through a ring of small page-locked buffers, so that reading and copying
-overlap; into host memory they are read in place. Nothing is mapped that a GPU waits for: a mapped page that must be fetched costs more
-than reading.
+Several threads read, piece by piece, while whoever asked goes on to what is wanted next. To a GPU the pieces go through small page-locked
+buffers, so that reading and copying overlap; into host memory they are read in place. Nothing is mapped that a GPU waits for: a mapped
+page that must be fetched costs more than reading.
 """
 
 import mmap
 import os
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from queue import SimpleQueue
+from typing import IO, Any
 
 import torch
 
@@ -24,14 +27,15 @@ from .precision import stored_dtype
 CPU = torch.device("cpu")
 # One thread saturates neither a fast disk nor memory (benchmarks/loading.py).
 THREADS = min(8, os.cpu_count() or 1)
-# Small enough that all threads are busy with one block's pieces until nearly its end.
-PIECE_BYTES = 4 * 1024**2
+# Small enough that all threads have something to do until nearly the end, large enough that Python's work for each counts little.
+PIECE_BYTES = 8 * 1024**2
 # What is not wanted between two tensors of a file is read along where it is no more than this: one piece costs more.
 GAP_BYTES = 64 * 1024
-# Pieces that are being read or wait for a thread: it finds the next one also while an earlier one takes long.
-READING = 2 * THREADS
-# And some that are being copied.
-BUFFERS = READING + THREADS
+# Each thread reads into one while another one is sent.
+BUFFERS = 2 * THREADS
+# Of what was begun, so much may still be on its way when something else is begun: enough to keep the threads busy, little to wait for
+# when a run is cancelled.
+AHEAD_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -49,38 +53,135 @@ class _Piece:
         return self.targets[0][1].device
 
 
-@dataclass
 class _Buffer:
-    """Page-locked memory, and the copy from it that may still be under way."""
+    """Page-locked memory for one piece, made when it is first used.
 
-    memory: torch.Tensor
-    copied: "torch.cuda.Event | None" = field(default=None)
+    Attributes:
+        memory: uint8.
+        bytes: the same, for reading into.
+    """
+
+    def __init__(self) -> None:
+        self.memory: torch.Tensor | None = None
+        self.bytes = memoryview(b"")
+
+    def room(self, size_bytes: int) -> memoryview:
+        """So much of it, no more than a piece."""
+        if self.memory is None:
+            self.memory = host_buffer(PIECE_BYTES)
+            self.bytes = self.memory.numpy().data
+        return self.bytes[:size_bytes]
+
+
+class Reading:
+    """Tensors that were asked for together, while threads read them.
+
+    Attributes:
+        stopped: what has not begun is to be left out.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._left = 0
+        self._size_bytes = 0
+        self._error: BaseException | None = None
+        self.stopped = False
+
+    def add(self, size_bytes: int) -> None:
+        """Something that is to be read for it."""
+        with self._changed:
+            self._left += 1
+            self._size_bytes += size_bytes
+
+    def done(self, error: BaseException | None = None) -> None:
+        """One of those things is done, or failed."""
+        with self._changed:
+            self._left -= 1
+            self._error = self._error or error
+            if error is not None or not self._left:
+                self._changed.notify_all()
+
+    @property
+    def unfinished_bytes(self) -> int:
+        """All of it, until it is there."""
+        return self._size_bytes if self._left or self._error is not None else 0
 
     def wait(self) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
-            self.copied = None
+        """Until all of it is there: in memory, or queued in the order of the GPU's stream.
+
+        Raises:
+            CheckpointError: a file can't be read any more, or has become shorter. Nothing is written for this reading after that.
+        """
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._left or self._error is not None)
+        except BaseException:
+            self.stop()
+            raise
+        if self._error is not None:
+            self.stop()
+            raise self._error
+
+    def stop(self) -> None:
+        """Leave out what has not begun, and wait for the rest: no thread may write into memory that is let go."""
+        self.stopped = True
+        with self._changed:
+            self._changed.wait_for(lambda: not self._left)
+
+
+@dataclass(frozen=True, eq=False)
+class _Errand:
+    """A piece that is to be read for somebody, and the GPU's stream it is to be sent in."""
+
+    piece: _Piece
+    reading: Reading
+    stream: "torch.cuda.Stream | None"
+
+
+@dataclass(frozen=True, eq=False)
+class _Sending:
+    """What was read of a piece, on its way to a GPU."""
+
+    buffer: _Buffer
+    piece: _Piece
+    stream: "torch.cuda.Stream"
+    reading: Reading
 
 
 class TensorReader:
     """Reads tensors of one model's files. Not to be used by two threads at once.
 
-    Raises (all methods): :class:`CheckpointError` where a file can't be read any more, or has become shorter.
+    Raises (all methods but :meth:`close` and :meth:`stop`): :class:`CheckpointError` where a file can't be read any more, or has become
+    shorter.
     """
 
     def __init__(self) -> None:
-        self._buffers: list[_Buffer] = []
-        self._turn = 0
-        self._pool: ThreadPoolExecutor | None = None
+        # One thread sends what the others have read: many that talk to a GPU are in each other's way.
+        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
+        # A thread takes what is urgent first. As many tasks are asked of the threads as there are errands.
+        self._urgent: deque[_Errand] = deque()
+        self._errands: deque[_Errand] = deque()
+        self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
+        self._outbox: SimpleQueue[_Sending] = SimpleQueue()
+        self._send_asked = False
+        # Buffers whose copies are queued and may be under way.
+        self._sent: list[tuple[torch.cuda.Event, list[_Buffer]]] = []
+        self._under_way: list[Reading] = []
+        # Each thread's own, until the thread ends.
+        self._files = threading.local()
+        self._opened: list[IO[bytes]] = []
 
     def close(self) -> None:
-        """Give the buffers and threads back; they are made again when needed."""
-        for buffer in self._buffers:
-            buffer.wait()
-        self._buffers.clear()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        """Give files, buffers and threads back; they are made again when needed."""
+        self.stop()
+        if self._pools is not None:
+            for pool in self._pools:
+                pool.shutdown()
+            self._pools = None
+        while self._opened:
+            self._opened.pop().close()
+        while not self._buffers.empty():
+            self._buffers.get()
 
     # ---- what is wanted
 
@@ -92,14 +193,11 @@ class TensorReader:
         # Only its own pages: systems refuse a private mapping of more than they have memory.
         begin = stored.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         within = stored.offset - begin
-        try:
-            with stored.file.open("rb") as file:
-                if os.fstat(file.fileno()).st_size < stored.offset + stored.size_bytes:
-                    raise _unreadable(stored.file, "it has become shorter")
-                _check_unchanged(stored.file, file, stored.modified_ns)
-                pages = mmap.mmap(file.fileno(), within + stored.size_bytes, access=mmap.ACCESS_COPY, offset=begin)
-        except (OSError, ValueError) as error:
-            raise _unreadable(stored.file, error) from error
+        _check_unchanged(stored.file, stored.modified_ns)
+        with _named(stored.file), stored.file.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < stored.offset + stored.size_bytes:
+                raise EOFError("it has become shorter")
+            pages = mmap.mmap(file.fileno(), within + stored.size_bytes, access=mmap.ACCESS_COPY, offset=begin)
         count = stored.size_bytes // dtype.itemsize
         return torch.frombuffer(pages, dtype=dtype, count=count, offset=within).view(raw_shape(stored))
 
@@ -114,57 +212,136 @@ class TensorReader:
 
         On the CPU they are there when this returns. On a GPU they arrive in the order of its current stream.
         """
-        real = [(stored, target) for stored, target in wanted if target.device.type in ("cpu", "cuda")]
+        try:
+            self.begin(wanted).wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def begin(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]], *, urgent: bool = False) -> Reading:
+        """As :meth:`read_into`, but what is wanted may still be on its way when this returns.
+
+        It is read in the order it was asked for, what is urgent before all that has not begun. Little of what was begun before is still on
+        its way then. All memory must stay until it was waited for, with :meth:`Reading.wait` or :meth:`finish`, or let go with
+        :meth:`stop`, which whoever meets an error must call.
+        """
         for stored, target in wanted:
             if target.device.type not in ("cpu", "cuda"):
                 target.copy_(self.mapped(stored).reshape(-1).view(torch.uint8))
-        self._read_pieces(list(_pieces(real)))
+        pieces = list(_pieces([(stored, target) for stored, target in wanted if target.device.type in ("cpu", "cuda")]))
+        for path, modified_ns in dict.fromkeys((piece.path, piece.modified_ns) for piece in pieces):
+            _check_unchanged(path, modified_ns)
+        reading, before = Reading(), [other for other in self._under_way if other.unfinished_bytes]
+        if not before and len(pieces) == 1 and pieces[0].device == CPU:
+            _read_alone(pieces[0])  # not worth a thread
+            return reading
+        self._under_way = [*before, reading]
+        for piece in pieces:
+            self._submit(piece, reading, self._urgent if urgent else self._errands)
+        for earlier in before:
+            if sum(other.unfinished_bytes for other in self._under_way) > AHEAD_BYTES:
+                earlier.wait()
+        return reading
+
+    def finish(self) -> None:
+        """Wait for all that was begun."""
+        for reading in self._under_way:
+            reading.wait()
+        self._under_way.clear()
+
+    def stop(self) -> None:
+        """Let go of all that was begun; how much of it has arrived is not known. No thread writes to it any more."""
+        for reading in self._under_way:
+            reading.stopped = True  # all of them, before any is waited for
+        for reading in self._under_way:
+            reading.stop()
+        self._under_way.clear()
 
     # ---- how
 
-    def _read_pieces(self, pieces: list[_Piece]) -> None:
-        if len(pieces) == 1 and pieces[0].device == CPU:
-            _read(pieces[0], None)
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="wan-sharded-reader")
-        reading: deque[tuple[Future[None], _Piece, _Buffer | None]] = deque()
+    def _submit(self, piece: _Piece, reading: Reading, errands: "deque[_Errand]") -> None:
+        if self._pools is None:
+            readers = ThreadPoolExecutor(THREADS, thread_name_prefix="wan-sharded-reader")
+            sender = ThreadPoolExecutor(1, thread_name_prefix="wan-sharded-sender")
+            sender.submit(lambda: None)  # a thread that can't be had is said here
+            for _ in range(BUFFERS):
+                self._buffers.put(_Buffer())
+            self._pools = readers, sender
+        readers, sender = self._pools
+        stream = None if piece.device == CPU else torch.cuda.current_stream(piece.device)
+        reading.add(piece.size_bytes)
+        errand = _Errand(piece, reading, stream)
+        errands.append(errand)
         try:
-            for piece in pieces:
-                if len(reading) >= READING:
-                    self._deliver(*reading[0])
-                    reading.popleft()
-                buffer = self._next_buffer() if piece.device != CPU else None
-                reading.append((self._pool.submit(_read, piece, None if buffer is None else buffer.memory), piece, buffer))
-            while reading:
-                self._deliver(*reading[0])
-                reading.popleft()
-        finally:
-            # No thread may write into memory that is let go.
-            for future, _, _ in reading:
-                future.cancel()
-                future.exception() if not future.cancelled() else None
+            readers.submit(self._read, sender)
+        except BaseException:
+            with suppress(ValueError):  # another thread has taken it on
+                errands.remove(errand)
+                reading.done()
+            raise
 
-    @staticmethod
-    def _deliver(future: "Future[None]", piece: _Piece, buffer: _Buffer | None) -> None:
-        """Wait until a piece is read, and send it on."""
-        future.result()
-        if buffer is not None:
-            for place, target in piece.targets:
-                target.copy_(buffer.memory[place : place + target.numel()], non_blocking=True)
-            buffer.copied = torch.cuda.Event()
-            buffer.copied.record(torch.cuda.current_stream(piece.device))
-
-    def _next_buffer(self) -> _Buffer:
-        """Room that no copy uses any more."""
-        if len(self._buffers) < BUFFERS:
-            self._buffers.append(_Buffer(host_buffer(PIECE_BYTES)))
-            self._turn = len(self._buffers) - 1
+    def _read(self, sender: ThreadPoolExecutor) -> None:
+        """Read one piece to where it goes, or have it sent there."""
+        try:
+            errand = self._urgent.popleft()
+        except IndexError:
+            errand = self._errands.popleft()
+        piece, reading, stream = errand.piece, errand.reading, errand.stream
+        buffer = None
+        try:
+            if not reading.stopped:
+                with _named(piece.path):
+                    file = self._file(piece.path)
+                    if stream is None:
+                        _read_parts(file, piece)
+                    else:
+                        buffer = self._buffers.get()
+                        _read_at(file, buffer.room(piece.size_bytes), piece.offset)
+                        self._outbox.put(_Sending(buffer, piece, stream, reading))
+                        if not self._send_asked:
+                            self._send_asked = True
+                            sender.submit(self._send)
+                        return
+        except BaseException as error:
+            if buffer is not None:
+                self._buffers.put(buffer)
+            reading.done(error)
         else:
-            self._turn = (self._turn + 1) % BUFFERS
-        buffer = self._buffers[self._turn]
-        buffer.wait()
-        return buffer
+            reading.done()
+
+    def _send(self) -> None:
+        """Send all that waits for it. Python lets other threads in at each of torch's calls, and waits to be let in again: so, few of them."""
+        self._send_asked = False  # before looking: what comes later asks anew
+        waiting: list[_Sending] = []
+        while not self._outbox.empty():
+            waiting.append(self._outbox.get())
+        for stream in dict.fromkeys(one.stream for one in waiting):
+            together = [one for one in waiting if one.stream == stream]
+            error = None
+            try:
+                event = _queue_copies(stream, together)
+                self._sent.append((event, [one.buffer for one in together]))
+            except BaseException as failed:
+                error = failed
+                for _ in together:
+                    self._buffers.put(_Buffer())  # copies from the old ones may be under way
+            for one in together:
+                one.reading.done(error)
+        # Copies that something else was queued behind keep the link busy meanwhile.
+        while len(self._sent) > 1 or (self._sent and self._outbox.empty()):
+            event, buffers = self._sent.pop(0)
+            with suppress(RuntimeError):  # the GPU failed, which whoever uses it next is told too
+                event.synchronize()
+            for buffer in buffers:
+                self._buffers.put(buffer)
+
+    def _file(self, path: Path) -> IO[bytes]:
+        """A file as the thread that asks has it open."""
+        files: Any = self._files.__dict__
+        if path not in files:
+            files[path] = path.open("rb", buffering=0)
+            self._opened.append(files[path])
+        return files[path]
 
 
 def _pieces(wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[_Piece]:
@@ -177,10 +354,10 @@ def _pieces(wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[_Pi
                 str(target.device),
                 stored.offset + begin,
                 stored.file,
-                target[begin : begin + PIECE_BYTES],
+                part,
             )
             for stored, target in wanted
-            for begin in range(0, stored.size_bytes, PIECE_BYTES)
+            for begin, part in zip(range(0, stored.size_bytes, PIECE_BYTES), target.split(PIECE_BYTES), strict=False)
         ),
         key=lambda found: found[:4],
     )
@@ -201,27 +378,61 @@ def _pieces(wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[_Pi
             together = []
 
 
-def _read(piece: _Piece, buffer: torch.Tensor | None) -> None:
-    """A piece into a buffer, as the file has it, or into the memory where its parts go."""
-    try:
-        with piece.path.open("rb", buffering=0) as file:
-            _check_unchanged(piece.path, file, piece.modified_ns)
-            for place, target in piece.targets if buffer is None else ((0, buffer[: piece.size_bytes]),):
-                file.seek(piece.offset + place)
-                rest = target.numpy().data
-                while rest:
-                    count = file.readinto(rest)
-                    if not count:
-                        raise _unreadable(piece.path, "it has become shorter")
-                    rest = rest[count:]
-    except OSError as error:
-        raise _unreadable(piece.path, error) from error
+def _queue_copies(stream: "torch.cuda.Stream", sendings: Sequence[_Sending]) -> "torch.cuda.Event":
+    """From buffers to where the parts of what is in them go; the event is when all are there."""
+    targets, sources = [], []
+    for one in sendings:
+        assert one.buffer.memory is not None
+        whole = one.buffer.memory
+        for place, target in one.piece.targets:
+            targets.append(target)
+            sources.append(whole if target.numel() == whole.numel() else whole[place : place + target.numel()])
+    copied = torch.cuda.Event()
+    # Inference mode is a thread's own, and what was made in it may be written to only there.
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        torch._foreach_copy_(targets, sources, non_blocking=True)
+        copied.record(stream)
+    return copied
 
 
-def _check_unchanged(path: Path, file: IO[bytes], modified_ns: int) -> None:
+def _read_alone(piece: _Piece) -> None:
+    with _named(piece.path), piece.path.open("rb", buffering=0) as file:
+        _read_parts(file, piece)
+
+
+def _read_parts(file: IO[bytes], piece: _Piece) -> None:
+    """Into the memory where a piece's parts go."""
+    for place, target in piece.targets:
+        _read_at(file, target.numpy().data, piece.offset + place)
+
+
+def _read_at(file: IO[bytes], rest: memoryview, offset: int) -> None:
+    """Fill memory from a place in a file."""
+    while rest:
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [rest], offset)
+        else:
+            file.seek(offset)
+            count = file.readinto(rest)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError("it has become shorter")
+        rest, offset = rest[count:], offset + count
+
+
+def _check_unchanged(path: Path, modified_ns: int) -> None:
     """Another file under the same name has other tensors at the same places."""
-    if modified_ns and os.fstat(file.fileno()).st_mtime_ns != modified_ns:
-        raise CheckpointError(f"{path} was changed after it was chosen. Run again, so that it is looked at anew.")
+    with _named(path):
+        if modified_ns and path.stat().st_mtime_ns != modified_ns:
+            raise CheckpointError(f"{path} was changed after it was chosen. Run again, so that it is looked at anew.")
+
+
+@contextmanager
+def _named(path: Path) -> Generator[None, None, None]:
+    """Errors say which file it is."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, why: object) -> CheckpointError:

@@ -1,6 +1,7 @@
 """What is got ready ahead while experts are loaded. On imagined GPUs; that it is faster is for benchmarks/loading.py."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from engine_bench import Bench
 from imagined_machine import TinyExpert
 from wan_sharded.engine import loaded as loaded_module
 from wan_sharded.engine import open_model
+from wan_sharded.engine.errors import CheckpointError
 from wan_sharded.engine.system_memory import SystemMemory, system_memory
-from wan_sharded.engine.weights import host_memory
-from wan_sharded.engine.weights.expert import CPU
+from wan_sharded.engine.weights import host_memory, reading
+from wan_sharded.engine.weights.expert import CPU, NOWHERE, Expert
 from wan_sharded.engine.weights.host_memory import HostPool
 
 AHEAD = "wan-sharded-memory"
@@ -128,3 +130,67 @@ def test_no_more_is_made_ahead_than_the_system_has_room_for(
     assert model is not None
     used = [packed for expert in model.experts.values() for name in expert.parts if (packed := expert.packed(name)) is not None]
     assert sum(packed.flat.device == CPU for packed in used) == int(room), "all that was made is used"
+
+
+# ---- blocks that are still on their way
+
+
+@pytest.mark.parametrize("met", ["a cancel", "a file that can't be read"])
+def test_blocks_on_their_way_are_forgotten_when_a_run_ends(
+    bench: Callable[..., Bench], checkpoint: Path, monkeypatch: pytest.MonkeyPatch, met: str
+) -> None:
+    """Whether they are there is not known. The next run reads them again, and no others."""
+    one = bench()
+    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
+    expected = one.run(handle).frames
+    one.owner.release()
+    one.forget()
+    brought: list[str] = []
+    bring, read_at = Expert.bring, reading._read_at
+    held = threading.Event()
+
+    def slow(file: object, rest: memoryview, offset: int) -> None:
+        if "blocks.3" in brought:
+            held.wait(timeout=0.3)
+            if met != "a cancel":
+                raise OSError("bad luck")
+        read_at(file, rest, offset)
+
+    def watched(expert: Expert, part: str, *arguments: object, **options: object) -> None:
+        if met == "a cancel" and "blocks.3" in brought:
+            raise KeyboardInterrupt
+        brought.append(part)
+        bring(expert, part, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "AHEAD_BYTES", 1)
+        patch.setattr(reading, "_read_at", slow)
+        patch.setattr(Expert, "bring", watched)
+        with pytest.raises(KeyboardInterrupt if met == "a cancel" else CheckpointError):
+            one.run(handle)
+    model = one.owner.loaded
+    assert model is not None
+    expert = model.experts["transformer"]
+    kept = [part for part in expert.parts if expert.packed(part) is not None]
+    assert "blocks.3" not in kept and expert.location("blocks.3") == NOWHERE
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("wan-sharded-reader")] == []
+    one.forget()
+    assert torch.equal(one.run(handle).frames, expected)
+    assert any(name.startswith("blocks.3.") for name in one.read)
+
+
+def test_all_has_arrived_before_anything_computes(bench: Callable[..., Bench], checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slowly it is read."""
+    one = bench()
+    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
+    expected = one.run(handle).frames
+    one.owner.release()
+    read_at = reading._read_at
+
+    def slow(file: object, rest: memoryview, offset: int) -> None:
+        time.sleep(0.01)
+        read_at(file, rest, offset)
+
+    monkeypatch.setattr(reading, "_read_at", slow)
+    monkeypatch.setattr(reading, "PIECE_BYTES", 16 * 1024)
+    assert torch.equal(one.run(handle).frames, expected)

@@ -17,7 +17,7 @@ from wan_sharded.engine.parallel import forward as forward_module
 from wan_sharded.engine.pipeline.image_to_video import ImageToVideo
 from wan_sharded.engine.planning.devices import GIB, Machine
 from wan_sharded.engine.weights.expert import CPU
-from wan_sharded.engine.weights.reading import TensorReader
+from wan_sharded.engine.weights.reading import Reading, TensorReader
 
 MIB = 1024**2
 # Activations, embeddings and the VAE of 64x48x5, generously.
@@ -82,18 +82,18 @@ def benches(
 ) -> Iterator[Callable[..., Bench]]:
     """Makes benches with so many GPUs, of so many bytes each; released at the end."""
     made: list[Bench] = []
-    mapped, read_into = TensorReader.mapped, TensorReader.read_into
+    mapped, begin = TensorReader.mapped, TensorReader.begin
 
     def watched_mapped(reader: TensorReader, stored: StoredTensor) -> torch.Tensor:
         made[-1].read.append(stored.key)
         return mapped(reader, stored)
 
-    def watched_read(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]]) -> None:
+    def watched_begin(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]], **options: bool) -> Reading:
         made[-1].read.extend(stored.key for stored, target in wanted if target.device == CPU)
-        read_into(reader, wanted)
+        return begin(reader, wanted, **options)
 
     monkeypatch.setattr(TensorReader, "mapped", watched_mapped)  # imagined GPUs are given pages of the file
-    monkeypatch.setattr(TensorReader, "read_into", watched_read)
+    monkeypatch.setattr(TensorReader, "begin", watched_begin)
     # By what was timed, shares would differ from run to run, and the frames in rounding.
     monkeypatch.setattr(forward_module, "better_speeds", lambda *args: None)
 

@@ -15,7 +15,7 @@ from wan_sharded.engine.checkpoints.lora import LoraChoice, open_lora_file
 from wan_sharded.engine.checkpoints.stored import ComponentFiles, StoredTensor
 from wan_sharded.engine.transformer.low_precision import widened_gguf, widened_rows
 from wan_sharded.engine.weights.expert import NOWHERE, Expert
-from wan_sharded.engine.weights.reading import TensorReader
+from wan_sharded.engine.weights.reading import Reading, TensorReader
 
 Values = dict[str, torch.Tensor]
 PREFIX = "model.diffusion_model."
@@ -139,16 +139,16 @@ def shapes_of(files: ComponentFiles) -> dict[str, tuple[int, ...]]:
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[StoredTensor]:
     """A list that every tensor is added to, each time it is read: as pages of its file (for imagined GPUs too), or into memory."""
     found: list[StoredTensor] = []
-    mapped, read_into = TensorReader.mapped, TensorReader.read_into
+    mapped, begin = TensorReader.mapped, TensorReader.begin
 
     def watched_mapped(reader: TensorReader, stored: StoredTensor) -> torch.Tensor:
         found.append(stored)
         return mapped(reader, stored)
 
-    def watched_read(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]]) -> None:
+    def watched_begin(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]], **options: bool) -> Reading:
         found.extend(stored for stored, target in wanted if target.device.type == "cpu")
-        read_into(reader, wanted)
+        return begin(reader, wanted, **options)
 
     monkeypatch.setattr(TensorReader, "mapped", watched_mapped)
-    monkeypatch.setattr(TensorReader, "read_into", watched_read)
+    monkeypatch.setattr(TensorReader, "begin", watched_begin)
     return found

@@ -1,5 +1,6 @@
 """From each form of file to what is kept in memory: the same values to the last bit, each tensor read once, as large as was said."""
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,8 +16,10 @@ from wan_sharded.engine.checkpoints.single_file import open_expert_file
 from wan_sharded.engine.checkpoints.stored import ComponentFiles, StoredTensor
 from wan_sharded.engine.errors import CheckpointError
 from wan_sharded.engine.transformer.low_precision import quantized_rows
+from wan_sharded.engine.weights import keeping, reading
 from wan_sharded.engine.weights.expert import CPU, Expert
 from wan_sharded.engine.weights.precision import Precision, block_matrices, resolve_precision
+from wan_sharded.engine.weights.reading import Reading, TensorReader
 
 F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
 FP8, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -235,6 +238,47 @@ def test_a_scale_beside_a_vector_is_refused_or_used(tiny_single_files: Path, tmp
     expert = Expert("high noise expert", files, Precision(F32, F32, "F8_E4M3"))
     expert.bring("blocks.1", CPU, CPU)
     assert torch.equal(in_use(expert, F32)["blocks.1.attn1.norm_q.weight"], 2 * norm.float())
+
+
+def test_what_is_converted_is_read_first(tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for, while the rest arrives."""
+    asked: list[tuple[bool, str]] = []
+    begin = TensorReader.begin
+
+    def watched(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]], *, urgent: bool = False) -> Reading:
+        asked.extend((urgent, stored.key) for stored, _ in wanted)
+        return begin(reader, wanted, urgent=urgent)
+
+    monkeypatch.setattr(TensorReader, "begin", watched)
+    expert = Expert("high noise expert", open_expert_file(file_of(tiny_single_files, "fp8_scaled_old")), Precision(BF16, BF16, "F8_E4M3"))
+    expert.bring("blocks.1", CPU, CPU, packed=True)
+    urgent = {is_urgent: {key for also, key in asked if also == is_urgent} for is_urgent in (True, False)}
+    assert "blocks.1.self_attn.q.weight" in urgent[False]
+    assert "blocks.1.self_attn.q.scale_weight" in urgent[True] and not any("scale_weight" in key for key in urgent[False])
+
+
+def test_a_failed_conversion_leaves_nothing_to_be_read(tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread would write into memory that is let go."""
+    expert = Expert("high noise expert", open_expert_file(file_of(tiny_single_files, "fp8_scaled_old")), Precision(BF16, BF16, "F8_E4M3"))
+    held, read_at = threading.Event(), reading._read_at
+
+    def slow(file: object, rest: memoryview, offset: int) -> None:
+        if rest.nbytes > 1000:  # no scale
+            held.wait(timeout=0.2)
+        read_at(file, rest, offset)
+
+    def fails(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "PIECE_BYTES", 2048)
+        patch.setattr(reading, "_read_at", slow)
+        patch.setattr(keeping, "_row_scales", fails)
+        with pytest.raises(MemoryError, match="no room"):
+            expert.bring("blocks.1", CPU, CPU, packed=True)
+        assert expert._keeper.reader._under_way == []
+    expert.bring("blocks.1", CPU, CPU, packed=True)
+    assert torch.isfinite(in_use(expert, F32)[f"{PROJECTION}.weight"]).all()
 
 
 def test_stored_tensors_are_told_apart(tiny_single_files: Path) -> None:

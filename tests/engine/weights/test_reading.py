@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +166,8 @@ def test_small_tensors_that_lie_near_each_other_are_one_piece(
     sizes = [40, 1, 3 * PIECE + 11, 5, 1000, 8, 8, 8, 2 * PIECE, 30]
     stored = beside_each_other(tmp_path / "a", sizes, gap)
     found: list[reading._Piece] = []
-    read = reading._read
-    monkeypatch.setattr(reading, "_read", lambda piece, buffer: (found.append(piece), read(piece, buffer))[1])
+    read_parts = reading._read_parts
+    monkeypatch.setattr(reading, "_read_parts", lambda file, piece: (found.append(piece), read_parts(file, piece))[1])
     whole = torch.frombuffer(bytearray(stored[0].file.read_bytes()), dtype=torch.uint8)
     wanted = [(one, torch.zeros(one.size_bytes, dtype=torch.uint8)) for one in stored]
     random.Random(gap).shuffle(wanted)
@@ -178,8 +177,9 @@ def test_small_tensors_that_lie_near_each_other_are_one_piece(
     assert len(found) == pieces and all(piece.size_bytes <= PIECE for piece in found)
     # By way of a buffer, as to a GPU.
     for piece in found:
-        buffer = torch.zeros(PIECE, dtype=torch.uint8)
-        read(piece, buffer)
+        buffer = torch.zeros(piece.size_bytes, dtype=torch.uint8)
+        with piece.path.open("rb", buffering=0) as file:
+            reading._read_at(file, buffer.numpy().data, piece.offset)
         for place, target in piece.targets:
             assert torch.equal(buffer[place : place + target.numel()], target)
 
@@ -207,45 +207,29 @@ def test_what_is_not_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert pieces(wanted("a", 0), wanted("a", 0)) == [("a", 0, 10, 1, "cpu")] * 2
 
 
-def test_there_are_buffers_for_what_is_read_and_some_that_are_copied() -> None:
-    assert reading.BUFFERS > reading.READING > reading.THREADS
+def test_there_are_buffers_to_read_into_while_others_are_copied() -> None:
+    assert reading.BUFFERS > reading.THREADS
 
 
-class WatchedFile:
-    """A file that calls ``before(offset)`` before each time that it is read from."""
-
-    def __init__(self, file: Any, before: Callable[[int], None]):
-        self._file, self._before = file, before
-
-    def __enter__(self) -> "WatchedFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def seek(self, offset: int) -> None:
-        self._file.seek(offset)
-
-    def readinto(self, target: Any) -> int:
-        self._before(self._file.tell())
-        return self._file.readinto(target)
+Watch = Callable[[Callable[[int], None]], None]
 
 
-class WatchedPath(type(Path())):  # type: ignore[misc]
-    """A path whose files are watched by a function of the class's."""
+@pytest.fixture
+def before_reading(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """Has a function of the place in the file called before each piece is read."""
+    read_at = reading._read_at
 
-    before: Callable[[int], None]
+    def watch(before: Callable[[int], None]) -> None:
+        def watched(file: Any, rest: memoryview, offset: int) -> None:
+            before(offset)
+            read_at(file, rest, offset)
 
-    def open(self, *arguments: Any, **options: Any) -> Any:
-        return WatchedFile(super().open(*arguments, **options), type(self).before)
+        monkeypatch.setattr(reading, "_read_at", watched)
+
+    return watch
 
 
-def watched(stored: StoredTensor, before: Callable[[int], None]) -> StoredTensor:
-    path = type("Watched", (WatchedPath,), {"before": staticmethod(before)})
-    return replace(stored, file=path(stored.file))
-
-
-def test_pieces_are_read_by_several_threads(reader: TensorReader, tmp_path: Path) -> None:
+def test_pieces_are_read_by_several_threads(reader: TensorReader, tmp_path: Path, before_reading: Watch) -> None:
     count = min(2, reading.THREADS)
     threads, barrier = set(), threading.Barrier(count)
 
@@ -256,7 +240,8 @@ def test_pieces_are_read_by_several_threads(reader: TensorReader, tmp_path: Path
 
     content = any_bytes(8 * PIECE)
     target = torch.empty(content.numel(), dtype=torch.uint8)
-    reader.read_into([(watched(stored_in(tmp_path / "a", content), together), target)])
+    before_reading(together)
+    reader.read_into([(stored_in(tmp_path / "a", content), target)])
     assert len(threads) == count and torch.equal(target, content)
 
 
@@ -276,6 +261,201 @@ def test_threads_are_there_only_while_they_are_used(tmp_path: Path) -> None:
         reader.close()
         assert names_of_threads() == []
         reader.close()
+
+
+# ---- while whoever asked goes on
+
+
+class Gate:
+    """Holds up the reading of what lies from a place in the file on."""
+
+    def __init__(self, watch: Watch, closed_from: int = 0):
+        self.closed_from = closed_from
+        self.read: list[int] = []
+        self._changed = threading.Condition()
+        watch(self._before)
+
+    def _before(self, offset: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: offset < self.closed_from, timeout=30)
+            self.read.append(offset)
+            self._changed.notify_all()
+
+    def open_until(self, offset: int) -> None:
+        with self._changed:
+            self.closed_from = offset
+            self._changed.notify_all()
+
+    def wait_for(self, count: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.read) >= count, timeout=30)
+
+
+def parts_of_one_file(path: Path, count: int) -> tuple[list[StoredTensor], list[torch.Tensor], torch.Tensor]:
+    """Tensors of four pieces each, room for them, and what the file has."""
+    size = 4 * PIECE
+    stored = beside_each_other(path, [size] * count, 0)
+    content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    return stored, [torch.zeros(size, dtype=torch.uint8) for _ in range(count)], content
+
+
+def test_begun_and_waited_for_later(reader: TensorReader, tmp_path: Path, before_reading: Watch) -> None:
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 3)
+    gate = Gate(before_reading)
+    begun = [reader.begin([pair]) for pair in zip(stored, targets, strict=True)]
+    assert not any(target.any() for target in targets)
+    gate.open_until(4 * PIECE)
+    begun[0].wait()
+    assert torch.equal(targets[0], content[: 4 * PIECE]) and not targets[2].any()
+    gate.open_until(12 * PIECE)
+    reader.finish()
+    assert torch.equal(torch.cat(targets), content[: 12 * PIECE])
+    for one in begun:
+        one.wait()
+
+
+def test_little_of_what_was_begun_before_is_still_on_its_way(
+    reader: TensorReader, tmp_path: Path, before_reading: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an expert's blocks would all be begun at once, and a cancel would wait for them."""
+    monkeypatch.setattr(reading, "AHEAD_BYTES", 9 * PIECE)
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 4)
+    gate = Gate(before_reading)
+    for pair in list(zip(stored, targets, strict=True))[:2]:
+        reader.begin([pair])
+    threading.Timer(0.2, gate.open_until, [4 * PIECE]).start()
+    reader.begin([(stored[2], targets[2])])
+    assert torch.equal(targets[0], content[: 4 * PIECE]) and not targets[1].any()
+    threading.Timer(0.2, gate.open_until, [8 * PIECE]).start()
+    reader.begin([(stored[3], targets[3])])
+    assert torch.equal(targets[1], content[4 * PIECE : 8 * PIECE]) and not targets[2].any()
+    gate.open_until(99 * PIECE)
+    reader.finish()
+    assert torch.equal(torch.cat(targets), content[: 16 * PIECE])
+
+
+def test_what_is_urgent_is_read_first(reader: TensorReader, tmp_path: Path, before_reading: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "THREADS", 1)
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 2)
+    order: list[int] = []
+    held = threading.Event()
+
+    def before(offset: int) -> None:
+        order.append(offset // PIECE)
+        assert held.wait(timeout=30)
+
+    before_reading(before)
+    reader.begin([(stored[0], targets[0])])
+    while not order:
+        time.sleep(0.001)
+    soon = reader.begin([(stored[1], targets[1])], urgent=True)
+    held.set()
+    soon.wait()
+    assert order[:5] == [0, 4, 5, 6, 7], "all but what had begun"
+    reader.finish()
+    assert order[5:] == [1, 2, 3] and torch.equal(torch.cat(targets), content[: 8 * PIECE])
+
+
+def test_what_is_let_go_is_not_written_to(reader: TensorReader, tmp_path: Path, before_reading: Watch) -> None:
+    """What a thread is at is waited for, the rest is left out; and the reader goes on working."""
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 2)
+    gate = Gate(before_reading, closed_from=PIECE)
+    for pair in zip(stored, targets, strict=True):
+        reader.begin([pair])
+    gate.wait_for(1)
+    threading.Timer(0.2, gate.open_until, [99 * PIECE]).start()
+    reader.stop()
+    assert len(gate.read) <= 1 + reading.THREADS
+    for target in targets:
+        target.fill_(0xAA)
+    time.sleep(0.05)
+    assert all(bool((target == 0xAA).all()) for target in targets)
+    reader.read_into(list(zip(stored, targets, strict=True)))
+    assert torch.equal(torch.cat(targets), content[: 8 * PIECE])
+
+
+@pytest.mark.parametrize("met", ["when waited for", "at the end", "with the next", "after the next"])
+def test_an_error_is_met_later(
+    reader: TensorReader, tmp_path: Path, before_reading: Watch, monkeypatch: pytest.MonkeyPatch, met: str
+) -> None:
+    monkeypatch.setattr(reading, "AHEAD_BYTES", PIECE)
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 2)
+
+    def unlucky(offset: int) -> None:
+        if offset == 2 * PIECE:
+            raise OSError("bad luck")
+
+    before_reading(unlucky)
+    begun = reader.begin([(stored[0], targets[0])])
+    if met == "after the next":  # which begins when nothing of this one is on its way any more
+        while begun._left:
+            time.sleep(0.001)
+        monkeypatch.setattr(reading, "AHEAD_BYTES", 100 * PIECE)
+        reader.begin([(stored[1], targets[1])])
+    meet = {
+        "when waited for": begun.wait,
+        "at the end": reader.finish,
+        "with the next": lambda: reader.begin([(stored[1], targets[1])]),
+        "after the next": reader.finish,
+    }
+    with pytest.raises(CheckpointError, match=r"a could not be read \(bad luck\)"):
+        meet[met]()
+    reader.stop()
+    before_reading(lambda offset: None)
+    reader.read_into(list(zip(stored, targets, strict=True)))
+    assert torch.equal(torch.cat(targets), content[: 8 * PIECE])
+
+
+def test_a_file_is_opened_once_by_each_thread(reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And closed at the end, so that it can be replaced on Windows."""
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 3)
+    opened: list[Any] = []
+    real = Path.open
+
+    def watched(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(real(path, *arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "open", watched)
+    for pair in zip(stored, targets, strict=True):
+        reader.read_into([pair])
+    assert 1 <= len(opened) <= reading.THREADS and not any(file.closed for file in opened)
+    reader.close()
+    assert all(file.closed for file in opened)
+    assert torch.equal(torch.cat(targets), content[: 12 * PIECE])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("which", ["wan-sharded-reader", "wan-sharded-sender"])
+def test_where_no_thread_can_be_had_it_says_so(
+    reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, closed: bool
+) -> None:
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 1)
+
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith(which):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            reader.read_into([(stored[0], targets[0])])
+    if closed:
+        reader.close()
+    reader.read_into([(stored[0], targets[0])])
+    assert torch.equal(targets[0], content[: 4 * PIECE])
+
+
+def test_systems_without_reading_at_a_place(reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no ``preadv``."""
+    monkeypatch.delattr(os, "preadv", raising=False)
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 3)
+    reader.read_into(list(zip(stored, targets, strict=True)))
+    assert torch.equal(torch.cat(targets), content[: 12 * PIECE])
 
 
 # ---- files that changed since their headers were read
@@ -323,7 +503,7 @@ def test_files_that_changed(reader: TensorReader, tmp_path: Path, change: str, s
     assert torch.equal(target, any_bytes(size, 0))
 
 
-def test_nothing_is_written_after_the_failure(reader: TensorReader, tmp_path: Path) -> None:
+def test_nothing_is_written_after_the_failure(reader: TensorReader, tmp_path: Path, before_reading: Watch) -> None:
     """The memory may be another tensor's by then. The first piece fails at once; the others are slow, and work."""
     under_way = 0
     lock = threading.Lock()
@@ -339,15 +519,16 @@ def test_nothing_is_written_after_the_failure(reader: TensorReader, tmp_path: Pa
             under_way -= 1
 
     target = torch.zeros(10 * PIECE, dtype=torch.uint8)
+    before_reading(slow)
     with pytest.raises(CheckpointError, match=r"slow\.bin could not be read \(bad luck\)"):
-        reader.read_into([(watched(stored_in(tmp_path / "slow.bin", any_bytes(10 * PIECE)), slow), target)])
+        reader.read_into([(stored_in(tmp_path / "slow.bin", any_bytes(10 * PIECE)), target)])
     assert under_way == 0
     target.fill_(0xAA)
     time.sleep(0.15)
     assert bool((target == 0xAA).all())
 
 
-def test_the_end_goes_missing_while_it_is_read(reader: TensorReader, tmp_path: Path) -> None:
+def test_the_end_goes_missing_while_it_is_read(reader: TensorReader, tmp_path: Path, before_reading: Watch) -> None:
     """As when a download is started over: the first pieces are read, the last ones are not there any more."""
     stored = stored_in(tmp_path / "vanishing.safetensors", any_bytes(20 * PIECE))
 
@@ -357,7 +538,9 @@ def test_the_end_goes_missing_while_it_is_read(reader: TensorReader, tmp_path: P
 
     target = torch.empty(20 * PIECE, dtype=torch.uint8)
     with pytest.raises(CheckpointError, match=r"vanishing\.safetensors could not be read \(it has become shorter\)"):
-        reader.read_into([(watched(stored, cut), target)])
+        before_reading(cut)
+        reader.read_into([(stored, target)])
+    before_reading(lambda offset: None)
     stored_in(stored.file, any_bytes(20 * PIECE))
     reader.read_into([(stored, target)])
     assert torch.equal(target, any_bytes(20 * PIECE)), "once it is there again"
