@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .fused_gelu import can_fuse, linear_gelu
 from .low_precision import MULTIPLIED, multiplied_rows, widened_gguf, widened_rows
 
 Weights = Mapping[str, Any]
@@ -145,8 +146,7 @@ class BlockMath:
         _, _, gate, shift, scale, ffn_gate = self.modulation(weights, temb)
         x = _gated(x, _linear(weights, "attn1.to_out.0", attended.flatten(2, 3).type_as(x)), gate)
         x = x + self._cross_attention(weights, self._cross_normed(weights, x), keys, attention)
-        hidden = _linear(weights, "ffn.net.0.proj", self._modulated(x, scale, shift))
-        hidden = F.gelu(hidden, approximate="tanh")
+        hidden = _linear_gelu(weights, "ffn.net.0.proj", self._modulated(x, scale, shift))
         return _gated(x, _linear(weights, "ffn.net.2", hidden), ffn_gate)
 
     # ---- their pieces
@@ -214,10 +214,22 @@ def _linear(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
     return _product(weights, name, (name,), x)
 
 
+def _linear_gelu(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    bias = weights.get(f"{name}.bias")
+    if can_fuse(x) and bias is not None and not _is_multiplied(weights, name):
+        return linear_gelu(x, widened(weights, name, x.dtype), bias)
+    return F.gelu(_linear(weights, name, x), approximate="tanh")
+
+
+def _is_multiplied(weights: Weights, name: str) -> bool:
+    """Whether the device's own product of few bits is to be used."""
+    return f"{name}.weight_scale" in weights and "multiply_few_bits" in weights and weights[f"{name}.weight"].dtype in MULTIPLIED
+
+
 def _product(weights: Weights, name: str, layers: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
     """``linear`` with the weights of one layer, or of several that lie one behind the other."""
     bias, scale = weights.get(f"{name}.bias"), weights.get(f"{name}.weight_scale")
-    if scale is not None and "multiply_few_bits" in weights and weights[f"{name}.weight"].dtype in MULTIPLIED:
+    if scale is not None and _is_multiplied(weights, name):
         return _with_low_rank(weights, layers, x, multiplied_rows(x, weights[f"{name}.weight"], scale, bias))
     return F.linear(x, widened(weights, name, x.dtype, layers), bias)
 
