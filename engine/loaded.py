@@ -4,6 +4,7 @@ Made and kept by the owner of loaded models; the pipeline asks it for an expert,
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -108,6 +109,8 @@ class LoadedModel:
         try:
             self._bring_home(part, placement, on_load)
         except BaseException:
+            with suppress(RuntimeError):  # what was made on a GPU is on its way to memory that may be let go
+                self._synchronize()
             expert.drop_arriving()
             raise
         finally:
@@ -163,6 +166,7 @@ class LoadedModel:
         handover, self._handover = self._handover, None
         if handover is not None:
             handover.finish(wait=wait)
+            self.experts[self._handing_over].close_files()
             self._undispatch(self._handing_over)
 
     def _worth_keeping(self, part: str, name: str) -> bool:
@@ -315,6 +319,7 @@ class LoadedModel:
             self._undispatch(part)
             for name in expert.parts:
                 expert.drop(name)
+            expert.close_files()
         self._host_pool.clear()
 
     def planned(self) -> Plan:

@@ -7,6 +7,8 @@ operation of our own to it.
 import torch
 
 _NAME = "wan_sharded::linear_gelu"
+# Not to the oldest torch that the pack runs with.
+_KNOWN = hasattr(torch.library, "register_fake")
 
 
 def can_fuse(x: torch.Tensor) -> bool:
@@ -14,7 +16,7 @@ def can_fuse(x: torch.Tensor) -> bool:
 
     In float32 cuBLAS's GELU is less exact than torch's.
     """
-    return torch.compiler.is_compiling() and x.is_cuda and x.dtype.itemsize == 2 and torch.version.hip is None
+    return _KNOWN and torch.compiler.is_compiling() and x.is_cuda and x.dtype.itemsize == 2 and torch.version.hip is None
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -39,7 +41,7 @@ def _shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-if not hasattr(torch.ops.wan_sharded, "linear_gelu"):  # another copy of this pack may have been there first
+if _KNOWN and not hasattr(torch.ops.wan_sharded, "linear_gelu"):  # another copy of this pack may have been there first
     torch.library.define(_NAME, "(Tensor x, Tensor weight, Tensor bias) -> Tensor")
     torch.library.impl(_NAME, "cuda", _fused)
     torch.library.register_fake(_NAME, _shape)

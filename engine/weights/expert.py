@@ -24,7 +24,7 @@ from .host_memory import HostPool, copy_on_host
 from .keeping import Keeper
 from .packing import Layout
 from .precision import Precision
-from .reading import TensorReader
+from .reading import Reading, TensorReader
 
 CPU = torch.device("cpu")
 # Of a part's bytes, what may be converted each time it is read: norms and tables, never a matrix.
@@ -88,8 +88,8 @@ class Expert:
         self._layouts: dict[Any, Layout] = {}
         self._layouts_of: dict[tuple[str, Any], Layout] = {}
         self._fetches: list[hooks.FetchHook] = []
-        # Parts that may not be where they are said to be yet.
-        self._arriving: list[str] = []
+        # Part -> what of it may not be where it is said to be yet.
+        self._arriving: dict[str, list[Reading]] = {}
 
     # ---- where parts are
 
@@ -204,10 +204,11 @@ class Expert:
         self._arriving.clear()
 
     def drop_arriving(self) -> None:
-        """Forget the parts of which it is not known whether they are there."""
+        """Forget the parts that are not all there, and let no more arrive."""
         self._keeper.reader.close()
-        for part in self._arriving:
-            self.drop(part)
+        for part, readings in self._arriving.items():
+            if any(reading.incomplete for reading in readings):
+                self.drop(part)
         self._arriving.clear()
 
     def host_bytes_to_make(self, part: str) -> int:
@@ -225,14 +226,16 @@ class Expert:
             device: where that is; the work is queued in its current stream, and waited for.
         """
         layout = self.layout(part)
-        if self._locations[part] == NOWHERE:
-            self._keeper.fill(part, self._names[part], self._adapters, layout, flat, device)
-            self._adapted[part] = self._adapters
-        elif part in self._packed:
-            flat.copy_(self._packed[part].flat, non_blocking=True)
-        else:
-            layout.fill(flat, self._holder.held(part))
-        probe.wait_for_stream(str(device))
+        try:
+            if self._locations[part] == NOWHERE:
+                self._keeper.fill(part, self._names[part], self._adapters, layout, flat, device)
+                self._adapted[part] = self._adapters
+            elif part in self._packed:
+                flat.copy_(self._packed[part].flat, non_blocking=True)
+            else:
+                layout.fill(flat, self._holder.held(part))
+        finally:  # after an error, too, nothing must arrive in memory that is let go
+            probe.wait_for_stream(str(device))
         self._keep(part, layout, flat)
         self._holder.move_buffers(part, device)
         self._locations[part] = device
@@ -268,9 +271,10 @@ class Expert:
         layout = self._layout_with(part, adapters)
         if packed:
             flat = self._flat(layout, device)
-            self._keeper.fill(part, names, adapters, layout, flat, convert_on, later=later)
+            arriving = self._keeper.fill(part, names, adapters, layout, flat, convert_on, later=later)
             self._keep(part, layout, flat)
-            self._arriving += [part] if later else []
+            if later:
+                self._arriving[part] = arriving
         else:
             self._hold(part, self._keeper.loose(part, names, adapters, convert_on))
         self._adapted[part] = adapters

@@ -15,7 +15,7 @@ from ..transformer.low_precision import quantized_rows, widened_gguf, widened_ro
 from .adapters import Adapters
 from .packing import Layout, Spec
 from .precision import Form, Precision, block_matrices, parameter_forms, scale_name, stored_dtype
-from .reading import TensorReader, raw_shape
+from .reading import Reading, TensorReader, raw_shape
 
 CPU = torch.device("cpu")
 # What is read to be converted, at most at a time; a single matrix may be more.
@@ -126,7 +126,7 @@ class Keeper:
         *,
         only_added: bool = False,
         later: bool = False,
-    ) -> None:
+    ) -> list[Reading]:
         """Read parameters into the one piece of memory of their part. After an error nothing is read for any part any more.
 
         Args:
@@ -136,20 +136,25 @@ class Keeper:
             convert_on: the device that converts; the work is queued there.
             only_added: read only what stands beside matrices whose own values stay.
             later: what is kept as the file has it may arrive after this returns, until :meth:`TensorReader.finish`.
+
+        Returns:
+            What may still arrive.
         """
         try:
-            self._fill(self._steps(part, names, adapters, convert_on, only_added=only_added), layout, flat, convert_on)
+            steps = self._steps(part, names, adapters, convert_on, only_added=only_added)
+            arriving = list(self._filled(steps, layout, flat, convert_on))
             if not later:
                 self.reader.finish()
+            return arriving
         except BaseException:
             self.reader.stop()
             raise
 
-    def _fill(self, wanted: Iterable[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> None:
+    def _filled(self, wanted: Iterable[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> Iterator[Reading]:
         for steps in _batches(wanted):
             raws = {source: self._room_for(source, convert_on) for step in steps if step.made for source in step.sources}
             to_convert = self.reader.begin([(source, room.reshape(-1).view(torch.uint8)) for source, room in raws.items()], urgent=True)
-            self.reader.begin([(step.sources[0], flat[layout.span(step.name)]) for step in steps if step.made is None])
+            yield self.reader.begin([(step.sources[0], flat[layout.span(step.name)]) for step in steps if step.made is None])
             to_convert.wait()
             for step in steps:
                 for name, tensor in step.made([raws[source] for source in step.sources]).items() if step.made else ():

@@ -78,6 +78,7 @@ class Reading:
 
     Attributes:
         stopped: what has not begun is to be left out.
+        incomplete: something of it was left out, or failed.
     """
 
     def __init__(self) -> None:
@@ -86,6 +87,7 @@ class Reading:
         self._size_bytes = 0
         self._error: BaseException | None = None
         self.stopped = False
+        self.incomplete = False
 
     def add(self, size_bytes: int) -> None:
         """Something that is to be read for it."""
@@ -93,18 +95,19 @@ class Reading:
             self._left += 1
             self._size_bytes += size_bytes
 
-    def done(self, error: BaseException | None = None) -> None:
-        """One of those things is done, or failed."""
+    def done(self, error: BaseException | None = None, *, left_out: bool = False) -> None:
+        """One of those things is done, was left out, or failed."""
         with self._changed:
             self._left -= 1
             self._error = self._error or error
-            if error is not None or not self._left:
+            self.incomplete = self.incomplete or left_out or error is not None
+            if self.incomplete or not self._left:
                 self._changed.notify_all()
 
     @property
     def unfinished_bytes(self) -> int:
         """All of it, until it is there."""
-        return self._size_bytes if self._left or self._error is not None else 0
+        return self._size_bytes if self._left or self.incomplete else 0
 
     def wait(self) -> None:
         """Until all of it is there: in memory, or queued in the order of the GPU's stream.
@@ -114,19 +117,24 @@ class Reading:
         """
         try:
             with self._changed:
-                self._changed.wait_for(lambda: not self._left or self._error is not None)
+                self._changed.wait_for(lambda: not self._left or self.incomplete)
         except BaseException:
             self.stop()
             raise
-        if self._error is not None:
+        if self.incomplete:
+            error = self._error or RuntimeError("what was to be read was let go")
             self.stop()
-            raise self._error
+            try:
+                raise error
+            finally:
+                del error
 
     def stop(self) -> None:
         """Leave out what has not begun, and wait for the rest: no thread may write into memory that is let go."""
         self.stopped = True
         with self._changed:
             self._changed.wait_for(lambda: not self._left)
+            self._error = None  # which knows this reading, and so the memory it was to fill
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +172,7 @@ class TensorReader:
         self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
         self._outbox: SimpleQueue[_Sending] = SimpleQueue()
         self._send_asked = False
+        self._sending = threading.Lock()
         # Buffers whose copies are queued and may be under way.
         self._sent: list[tuple[torch.cuda.Event, list[_Buffer]]] = []
         self._under_way: list[Reading] = []
@@ -193,10 +202,11 @@ class TensorReader:
         # Only its own pages: systems refuse a private mapping of more than they have memory.
         begin = stored.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         within = stored.offset - begin
-        _check_unchanged(stored.file, stored.modified_ns)
         with _named(stored.file), stored.file.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < stored.offset + stored.size_bytes:
+            found = os.fstat(file.fileno())
+            if found.st_size < stored.offset + stored.size_bytes:
                 raise EOFError("it has become shorter")
+            _check_unchanged(stored.file, found, stored.modified_ns)
             pages = mmap.mmap(file.fileno(), within + stored.size_bytes, access=mmap.ACCESS_COPY, offset=begin)
         count = stored.size_bytes // dtype.itemsize
         return torch.frombuffer(pages, dtype=dtype, count=count, offset=within).view(raw_shape(stored))
@@ -221,7 +231,7 @@ class TensorReader:
     def begin(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]], *, urgent: bool = False) -> Reading:
         """As :meth:`read_into`, but what is wanted may still be on its way when this returns.
 
-        It is read in the order it was asked for, what is urgent before all that has not begun. Little of what was begun before is still on
+        It is read in the order of these calls, what is urgent before all that has not begun. Little of what was begun before is still on
         its way then. All memory must stay until it was waited for, with :meth:`Reading.wait` or :meth:`finish`, or let go with
         :meth:`stop`, which whoever meets an error must call.
         """
@@ -230,7 +240,8 @@ class TensorReader:
                 target.copy_(self.mapped(stored).reshape(-1).view(torch.uint8))
         pieces = list(_pieces([(stored, target) for stored, target in wanted if target.device.type in ("cpu", "cuda")]))
         for path, modified_ns in dict.fromkeys((piece.path, piece.modified_ns) for piece in pieces):
-            _check_unchanged(path, modified_ns)
+            with _named(path):  # threads may have it open under this name from before
+                _check_unchanged(path, path.stat(), modified_ns)
         reading, before = Reading(), [other for other in self._under_way if other.unfinished_bytes]
         if not before and len(pieces) == 1 and pieces[0].device == CPU:
             _read_alone(pieces[0])  # not worth a thread
@@ -289,9 +300,10 @@ class TensorReader:
         piece, reading, stream = errand.piece, errand.reading, errand.stream
         buffer = None
         try:
-            if not reading.stopped:
+            left_out = reading.stopped
+            if not left_out:
                 with _named(piece.path):
-                    file = self._file(piece.path)
+                    file = self._file(piece.path, piece.modified_ns)
                     if stream is None:
                         _read_parts(file, piece)
                     else:
@@ -300,48 +312,57 @@ class TensorReader:
                         self._outbox.put(_Sending(buffer, piece, stream, reading))
                         if not self._send_asked:
                             self._send_asked = True
-                            sender.submit(self._send)
+                            try:
+                                sender.submit(self._send)
+                            except RuntimeError:  # Python is about to end
+                                self._send()
                         return
         except BaseException as error:
             if buffer is not None:
                 self._buffers.put(buffer)
             reading.done(error)
         else:
-            reading.done()
+            reading.done(left_out=left_out)
 
     def _send(self) -> None:
         """Send all that waits for it. Python lets other threads in at each of torch's calls, and waits to be let in again: so, few of them."""
-        self._send_asked = False  # before looking: what comes later asks anew
-        waiting: list[_Sending] = []
-        while not self._outbox.empty():
-            waiting.append(self._outbox.get())
-        for stream in dict.fromkeys(one.stream for one in waiting):
-            together = [one for one in waiting if one.stream == stream]
-            error = None
-            try:
-                event = _queue_copies(stream, together)
-                self._sent.append((event, [one.buffer for one in together]))
-            except BaseException as failed:
-                error = failed
-                for _ in together:
-                    self._buffers.put(_Buffer())  # copies from the old ones may be under way
-            for one in together:
-                one.reading.done(error)
-        # Copies that something else was queued behind keep the link busy meanwhile.
-        while len(self._sent) > 1 or (self._sent and self._outbox.empty()):
-            event, buffers = self._sent.pop(0)
-            with suppress(RuntimeError):  # the GPU failed, which whoever uses it next is told too
-                event.synchronize()
-            for buffer in buffers:
-                self._buffers.put(buffer)
+        with self._sending:
+            self._send_asked = False  # before looking: what comes later asks anew
+            waiting: list[_Sending] = []
+            while not self._outbox.empty():
+                waiting.append(self._outbox.get())
+            for stream in dict.fromkeys(one.stream for one in waiting):
+                self._send_together(stream, [one for one in waiting if one.stream == stream])
+            # Copies that something else was queued behind keep the link busy meanwhile.
+            while len(self._sent) > 1 or (self._sent and self._outbox.empty()):
+                event, buffers = self._sent.pop(0)
+                with suppress(RuntimeError):  # the GPU failed, which whoever uses it next is told too
+                    event.synchronize()
+                for buffer in buffers:
+                    self._buffers.put(buffer)
 
-    def _file(self, path: Path) -> IO[bytes]:
+    def _send_together(self, stream: "torch.cuda.Stream", sendings: Sequence[_Sending]) -> None:
+        error = None
+        try:
+            self._sent.append((_queue_copies(stream, sendings), [one.buffer for one in sendings]))
+        except BaseException as failed:
+            error = failed
+            with suppress(RuntimeError):  # some copies may be under way
+                stream.synchronize()
+            for one in sendings:
+                self._buffers.put(one.buffer)
+        for one in sendings:
+            one.reading.done(error)
+
+    def _file(self, path: Path, modified_ns: int) -> IO[bytes]:
         """A file as the thread that asks has it open."""
         files: Any = self._files.__dict__
-        if path not in files:
-            files[path] = path.open("rb", buffering=0)
-            self._opened.append(files[path])
-        return files[path]
+        if (path, modified_ns) not in files:
+            file = path.open("rb", buffering=0)
+            self._opened.append(file)
+            _check_unchanged(path, os.fstat(file.fileno()), modified_ns)
+            files[path, modified_ns] = file
+        return files[path, modified_ns]
 
 
 def _pieces(wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[_Piece]:
@@ -397,6 +418,7 @@ def _queue_copies(stream: "torch.cuda.Stream", sendings: Sequence[_Sending]) -> 
 
 def _read_alone(piece: _Piece) -> None:
     with _named(piece.path), piece.path.open("rb", buffering=0) as file:
+        _check_unchanged(piece.path, os.fstat(file.fileno()), piece.modified_ns)
         _read_parts(file, piece)
 
 
@@ -419,11 +441,10 @@ def _read_at(file: IO[bytes], rest: memoryview, offset: int) -> None:
         rest, offset = rest[count:], offset + count
 
 
-def _check_unchanged(path: Path, modified_ns: int) -> None:
+def _check_unchanged(path: Path, found: os.stat_result, modified_ns: int) -> None:
     """Another file under the same name has other tensors at the same places."""
-    with _named(path):
-        if modified_ns and path.stat().st_mtime_ns != modified_ns:
-            raise CheckpointError(f"{path} was changed after it was chosen. Run again, so that it is looked at anew.")
+    if modified_ns and found.st_mtime_ns != modified_ns:
+        raise CheckpointError(f"{path} was changed after it was chosen. Run again, so that it is looked at anew.")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 What goes through page-locked buffers to a real GPU is in tests/gpu/test_single_files.py.
 """
 
+import gc
 import os
 import random
 import sys
@@ -423,6 +424,29 @@ def test_a_file_is_opened_once_by_each_thread(reader: TensorReader, tmp_path: Pa
     reader.close()
     assert all(file.closed for file in opened)
     assert torch.equal(torch.cat(targets), content[: 12 * PIECE])
+
+
+def test_an_error_keeps_no_memory(reader: TensorReader, tmp_path: Path, before_reading: Watch) -> None:
+    """What was to be filled is gone when it is let go, without waiting for Python to find cycles: another try may need that room."""
+    stored, targets, _ = parts_of_one_file(tmp_path / "a", 1)
+
+    def unlucky(offset: int) -> None:
+        raise OSError("bad luck")
+
+    before_reading(unlucky)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            reader.read_into([(stored[0], targets[0])])
+        address = targets[0].data_ptr()
+        reader.close()
+        del caught, stored
+        targets.clear()
+        live = [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and found.data_ptr() == address]
+        assert live == []
+    finally:
+        gc.enable()
 
 
 @pytest.mark.timeout(60)

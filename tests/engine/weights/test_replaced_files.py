@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from tiny_single_files import file_names
 from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folder
 from wan_sharded.engine.checkpoints.lora import LoraChoice, open_lora_file
 from wan_sharded.engine.checkpoints.single_file import open_expert_file
-from wan_sharded.engine.checkpoints.stored import HIGH_NOISE
+from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, StoredTensor
 from wan_sharded.engine.errors import CheckpointError
+from wan_sharded.engine.weights import reading
 from wan_sharded.engine.weights.expert import CPU, Expert
 from wan_sharded.engine.weights.precision import Precision
+from wan_sharded.engine.weights.reading import TensorReader
 
 F32 = Precision(torch.float32, torch.float32)
 
@@ -54,3 +57,37 @@ def test_a_loras_file(make_checkpoint: Callable[..., Path], tmp_path: Path) -> N
     expert.use_loras([])
     on_cpu(expert, packed=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in expert.block_weights("blocks.0").items()), "the model still works"
+
+
+@pytest.mark.parametrize("still_open", [True, False], ids=["open from before", "opened after the check"])
+def test_a_file_that_is_replaced_under_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, still_open: bool) -> None:
+    """By renaming: whoever has the old one open goes on reading it, and whoever opens it gets the new one."""
+    monkeypatch.setattr(reading, "PIECE_BYTES", 1000)
+    file, size = tmp_path / "a.safetensors", 8000
+
+    def stored(value: int) -> StoredTensor:
+        new = tmp_path / "new"
+        new.write_bytes(bytes([value]) * size)
+        os.utime(new, ns=(0, 10**18 + value))
+        new.replace(file)
+        return StoredTensor(file, "t", "U8", (size,), 0, size, modified_ns=10**18 + value)
+
+    reader, target = TensorReader(), torch.zeros(size, dtype=torch.uint8)
+    old = stored(1)
+    if still_open:
+        reader.read_into([(old, target)])
+        new = stored(2)
+        reader.read_into([(new, target)])
+        assert target.unique().tolist() == [2]
+    else:
+        open_file = Path.open
+
+        def replaced_first(path: Path, *arguments: Any, **options: Any) -> Any:
+            monkeypatch.setattr(Path, "open", open_file)
+            stored(2)
+            return open_file(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", replaced_first)
+        with pytest.raises(CheckpointError, match=r"a\.safetensors was changed after it was chosen"):
+            reader.read_into([(old, target)])
+    reader.close()
