@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +426,105 @@ def test_a_file_is_opened_once_by_each_thread(reader: TensorReader, tmp_path: Pa
     reader.close()
     assert all(file.closed for file in opened)
     assert torch.equal(torch.cat(targets), content[: 12 * PIECE])
+
+
+# ---- by way of buffers, as to a GPU
+
+
+class PlayedStream:
+    """A GPU's stream, in which copies are made when they are waited for."""
+
+    device = CPU
+
+    def __init__(self) -> None:
+        self.queued: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+        self.fails = False
+        self._playing = threading.Lock()
+
+    def synchronize(self) -> None:
+        with self._playing:
+            while self.queued:
+                targets, sources = self.queued.pop(0)
+                for target, source in zip(targets, sources, strict=True):
+                    target.copy_(source)
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> PlayedStream:
+    """What is wanted on the CPU goes through buffers and this stream."""
+    played = PlayedStream()
+
+    class Event:
+        def record(self, stream: PlayedStream) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            time.sleep(random.random() * 0.002)
+            played.synchronize()
+
+    def foreach_copy(targets: list[torch.Tensor], sources: list[torch.Tensor], *, non_blocking: bool) -> None:
+        if played.fails:
+            raise RuntimeError("the GPU fell off the bus")
+        played.queued.append((targets, sources))
+
+    monkeypatch.setattr(reading, "CPU", torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: played)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch, "_foreach_copy_", foreach_copy)
+    return played
+
+
+@pytest.mark.timeout(120)
+def test_buffers_are_used_again_only_when_they_are_copied(reader: TensorReader, tmp_path: Path, stream: PlayedStream) -> None:
+    """Many more pieces than buffers, of all sizes, begun one behind the other."""
+    stored = beside_each_other(tmp_path / "a", [7, 30 * PIECE, 1, 1, PIECE + 3, 999, 40 * PIECE, 2] * 3, 5)
+    content = torch.frombuffer(bytearray(stored[0].file.read_bytes()), dtype=torch.uint8)
+    for _ in range(5):
+        targets = [torch.zeros(one.size_bytes, dtype=torch.uint8) for one in stored]
+        wanted = list(zip(stored, targets, strict=True))
+        for begin in range(0, len(wanted), 4):
+            reader.begin(wanted[begin : begin + 3])
+            reader.begin(wanted[begin + 3 : begin + 4], urgent=True).wait()
+        reader.finish()
+        stream.synchronize()
+        for one, target in wanted:
+            assert torch.equal(target, content[one.offset : one.offset + one.size_bytes])
+        reader.close()
+
+
+@pytest.mark.timeout(120)
+def test_a_failed_copy_is_told_and_loses_no_buffer(reader: TensorReader, tmp_path: Path, stream: PlayedStream) -> None:
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 20)
+    for _ in range(3):
+        stream.fails = True
+        with pytest.raises(RuntimeError, match="fell off the bus"):
+            reader.read_into(list(zip(stored, targets, strict=True)))
+        stream.fails = False
+        reader.read_into(list(zip(stored, targets, strict=True)))
+        stream.synchronize()
+        assert torch.equal(torch.cat(targets), content[: 80 * PIECE])
+        for target in targets:
+            target.zero_()
+
+
+@pytest.mark.timeout(120)
+def test_when_python_ends_nothing_waits_for_ever(
+    reader: TensorReader, tmp_path: Path, stream: PlayedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Executors take nothing on then, but finish what they have."""
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 20)
+    submit = ThreadPoolExecutor.submit
+
+    def refused(pool: ThreadPoolExecutor, function: Any, *arguments: Any) -> Any:
+        if function == reader._send:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        return submit(pool, function, *arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refused)
+    reader.read_into(list(zip(stored, targets, strict=True)))
+    stream.synchronize()
+    assert torch.equal(torch.cat(targets), content[: 80 * PIECE])
 
 
 def test_an_error_keeps_no_memory(reader: TensorReader, tmp_path: Path, before_reading: Watch) -> None:
