@@ -14,8 +14,9 @@ from ..checkpoints.stored import ComponentFiles, StoredTensor
 from ..transformer.low_precision import quantized_rows, widened_gguf, widened_rows
 from .adapters import Adapters
 from .packing import Layout, Spec
+from .pieces import raw_shape
 from .precision import Form, Precision, block_matrices, parameter_forms, scale_name, stored_dtype
-from .reading import Reading, TensorReader, raw_shape
+from .reading import Reading, TensorReader
 
 CPU = torch.device("cpu")
 # What is read to be converted, at most at a time; a single matrix may be more.

@@ -5,13 +5,12 @@ buffers, so that reading and copying overlap; into host memory they are read in 
 page that must be fetched costs more than reading.
 """
 
-import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,37 +19,19 @@ from typing import IO, Any
 import torch
 
 from ..checkpoints.stored import StoredTensor
-from ..errors import CheckpointError
+from . import pieces
 from .host_memory import host_buffer
+from .pieces import Piece
 from .precision import stored_dtype
 
 CPU = torch.device("cpu")
 # One thread saturates neither a fast disk nor memory (benchmarks/loading.py).
 THREADS = min(8, os.cpu_count() or 1)
-# Small enough that all threads have something to do until nearly the end, large enough that Python's work for each counts little.
-PIECE_BYTES = 8 * 1024**2
-# What is not wanted between two tensors of a file is read along where it is no more than this: one piece costs more.
-GAP_BYTES = 64 * 1024
 # Each thread reads into one while another one is sent.
 BUFFERS = 2 * THREADS
 # Of what was begun, so much may still be on its way when something else is begun: enough to keep the threads busy, little to wait for
 # when a run is cancelled.
 AHEAD_BYTES = 256 * 1024**2
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A stretch of a file, and where its parts go: offsets within it, and memory on one device."""
-
-    path: Path
-    modified_ns: int
-    offset: int
-    size_bytes: int
-    targets: tuple[tuple[int, torch.Tensor], ...]
-
-    @property
-    def device(self) -> torch.device:
-        return self.targets[0][1].device
 
 
 class _Buffer:
@@ -68,7 +49,7 @@ class _Buffer:
     def room(self, size_bytes: int) -> memoryview:
         """So much of it, no more than a piece."""
         if self.memory is None:
-            self.memory = host_buffer(PIECE_BYTES)
+            self.memory = host_buffer(pieces.PIECE_BYTES)
             self.bytes = self.memory.numpy().data
         return self.bytes[:size_bytes]
 
@@ -141,7 +122,7 @@ class Reading:
 class _Errand:
     """A piece that is to be read for somebody, and the GPU's stream it is to be sent in."""
 
-    piece: _Piece
+    piece: Piece
     reading: Reading
     stream: "torch.cuda.Stream | None"
 
@@ -151,7 +132,7 @@ class _Sending:
     """What was read of a piece, on its way to a GPU."""
 
     buffer: _Buffer
-    piece: _Piece
+    piece: Piece
     stream: "torch.cuda.Stream"
     reading: Reading
 
@@ -196,26 +177,13 @@ class TensorReader:
 
     def mapped(self, stored: StoredTensor) -> torch.Tensor:
         """A tensor on the CPU whose memory is the file's own pages, fetched when touched. Writing to it does not change the file."""
-        dtype = stored_dtype(stored)
-        if stored.elements == 0:
-            return torch.empty(stored.shape, dtype=dtype)
-        # Only its own pages: systems refuse a private mapping of more than they have memory.
-        begin = stored.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        within = stored.offset - begin
-        with _named(stored.file), stored.file.open("rb") as file:
-            found = os.fstat(file.fileno())
-            if found.st_size < stored.offset + stored.size_bytes:
-                raise EOFError("it has become shorter")
-            _check_unchanged(stored.file, found, stored.modified_ns)
-            pages = mmap.mmap(file.fileno(), within + stored.size_bytes, access=mmap.ACCESS_COPY, offset=begin)
-        count = stored.size_bytes // dtype.itemsize
-        return torch.frombuffer(pages, dtype=dtype, count=count, offset=within).view(raw_shape(stored))
+        return pieces.mapped(stored)
 
     def read(self, stored: StoredTensor) -> torch.Tensor:
         """A tensor on the CPU, in memory of its own."""
         memory = torch.empty(stored.size_bytes, dtype=torch.uint8)
         self.read_into([(stored, memory)])
-        return memory.view(stored_dtype(stored)).view(raw_shape(stored))
+        return memory.view(stored_dtype(stored)).view(pieces.raw_shape(stored))
 
     def read_into(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> None:
         """Tensors' bytes into memory, each uint8 [size_bytes], on one or several devices.
@@ -238,16 +206,16 @@ class TensorReader:
         for stored, target in wanted:
             if target.device.type not in ("cpu", "cuda"):
                 target.copy_(self.mapped(stored).reshape(-1).view(torch.uint8))
-        pieces = list(_pieces([(stored, target) for stored, target in wanted if target.device.type in ("cpu", "cuda")]))
-        for path, modified_ns in dict.fromkeys((piece.path, piece.modified_ns) for piece in pieces):
-            with _named(path):  # threads may have it open under this name from before
-                _check_unchanged(path, path.stat(), modified_ns)
+        cut = list(pieces.pieces_of([(stored, target) for stored, target in wanted if target.device.type in ("cpu", "cuda")]))
+        for path, modified_ns in dict.fromkeys((piece.path, piece.modified_ns) for piece in cut):
+            with pieces.named(path):  # threads may have it open under this name from before
+                pieces.check_unchanged(path, path.stat(), modified_ns)
         reading, before = Reading(), [other for other in self._under_way if other.unfinished_bytes]
-        if not before and len(pieces) == 1 and pieces[0].device == CPU:
-            _read_alone(pieces[0])  # not worth a thread
+        if not before and len(cut) == 1 and cut[0].device == CPU:
+            pieces.read_alone(cut[0])  # not worth a thread
             return reading
         self._under_way = [*before, reading]
-        for piece in pieces:
+        for piece in cut:
             self._submit(piece, reading, self._urgent if urgent else self._errands)
         for earlier in before:
             if sum(other.unfinished_bytes for other in self._under_way) > AHEAD_BYTES:
@@ -270,7 +238,7 @@ class TensorReader:
 
     # ---- how
 
-    def _submit(self, piece: _Piece, reading: Reading, errands: "deque[_Errand]") -> None:
+    def _submit(self, piece: Piece, reading: Reading, errands: "deque[_Errand]") -> None:
         if self._pools is None:
             readers = ThreadPoolExecutor(THREADS, thread_name_prefix="wan-sharded-reader")
             sender = ThreadPoolExecutor(1, thread_name_prefix="wan-sharded-sender")
@@ -302,13 +270,13 @@ class TensorReader:
         try:
             left_out = reading.stopped
             if not left_out:
-                with _named(piece.path):
+                with pieces.named(piece.path):
                     file = self._file(piece.path, piece.modified_ns)
                     if stream is None:
-                        _read_parts(file, piece)
+                        pieces.read_parts(file, piece)
                     else:
                         buffer = self._buffers.get()
-                        _read_at(file, buffer.room(piece.size_bytes), piece.offset)
+                        pieces.read_at(file, buffer.room(piece.size_bytes), piece.offset)
                         self._outbox.put(_Sending(buffer, piece, stream, reading))
                         if not self._send_asked:
                             self._send_asked = True
@@ -360,43 +328,9 @@ class TensorReader:
         if (path, modified_ns) not in files:
             file = path.open("rb", buffering=0)
             self._opened.append(file)
-            _check_unchanged(path, os.fstat(file.fileno()), modified_ns)
+            pieces.check_unchanged(path, os.fstat(file.fileno()), modified_ns)
             files[path, modified_ns] = file
         return files[path, modified_ns]
-
-
-def _pieces(wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[_Piece]:
-    """What is wanted in pieces of about one size: large tensors cut, small ones that lie near each other in a file together."""
-    cut = sorted(
-        (
-            (
-                str(stored.file),
-                stored.modified_ns,
-                str(target.device),
-                stored.offset + begin,
-                stored.file,
-                part,
-            )
-            for stored, target in wanted
-            for begin, part in zip(range(0, stored.size_bytes, PIECE_BYTES), target.split(PIECE_BYTES), strict=False)
-        ),
-        key=lambda found: found[:4],
-    )
-    together: list[tuple[int, torch.Tensor]] = []
-    first = end = 0
-    for number, (_, modified_ns, _, offset, path, target) in enumerate(cut):
-        together.append((offset - first if together else 0, target))
-        first = offset if len(together) == 1 else first
-        end = offset + target.numel()
-        follows = cut[number + 1] if number + 1 < len(cut) else None
-        if (
-            follows is None
-            or follows[:3] != cut[number][:3]
-            or not end <= follows[3] <= end + GAP_BYTES
-            or follows[3] + follows[5].numel() - first > PIECE_BYTES
-        ):
-            yield _Piece(path, modified_ns, first, end - first, tuple(together))
-            together = []
 
 
 def _queue_copies(stream: "torch.cuda.Stream", sendings: Sequence[_Sending]) -> "torch.cuda.Event":
@@ -414,54 +348,3 @@ def _queue_copies(stream: "torch.cuda.Stream", sendings: Sequence[_Sending]) -> 
         torch._foreach_copy_(targets, sources, non_blocking=True)
         copied.record(stream)
     return copied
-
-
-def _read_alone(piece: _Piece) -> None:
-    with _named(piece.path), piece.path.open("rb", buffering=0) as file:
-        _check_unchanged(piece.path, os.fstat(file.fileno()), piece.modified_ns)
-        _read_parts(file, piece)
-
-
-def _read_parts(file: IO[bytes], piece: _Piece) -> None:
-    """Into the memory where a piece's parts go."""
-    for place, target in piece.targets:
-        _read_at(file, target.numpy().data, piece.offset + place)
-
-
-def _read_at(file: IO[bytes], rest: memoryview, offset: int) -> None:
-    """Fill memory from a place in a file."""
-    while rest:
-        if hasattr(os, "preadv"):
-            count = os.preadv(file.fileno(), [rest], offset)
-        else:
-            file.seek(offset)
-            count = file.readinto(rest)  # type: ignore[attr-defined]
-        if not count:
-            raise EOFError("it has become shorter")
-        rest, offset = rest[count:], offset + count
-
-
-def _check_unchanged(path: Path, found: os.stat_result, modified_ns: int) -> None:
-    """Another file under the same name has other tensors at the same places."""
-    if modified_ns and found.st_mtime_ns != modified_ns:
-        raise CheckpointError(f"{path} was changed after it was chosen. Run again, so that it is looked at anew.")
-
-
-@contextmanager
-def _named(path: Path) -> Generator[None, None, None]:
-    """Errors say which file it is."""
-    try:
-        yield
-    except (OSError, EOFError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, why: object) -> CheckpointError:
-    return CheckpointError(f"{path} could not be read ({why}). Was it moved or is it damaged? Download it again.")
-
-
-def raw_shape(stored: StoredTensor) -> tuple[int, ...]:
-    """The shape of what the file has: the values' own, or rows of GGUF's bytes."""
-    if stored.gguf_type is None:
-        return stored.shape
-    return stored.shape[0], stored.size_bytes // stored.shape[0]

@@ -14,7 +14,7 @@ from wan_sharded.engine import loaded as loaded_module
 from wan_sharded.engine import open_model
 from wan_sharded.engine.errors import CheckpointError
 from wan_sharded.engine.system_memory import SystemMemory, system_memory
-from wan_sharded.engine.weights import host_memory, reading
+from wan_sharded.engine.weights import host_memory, pieces, reading
 from wan_sharded.engine.weights.expert import CPU, NOWHERE, Expert
 from wan_sharded.engine.weights.host_memory import HostPool
 
@@ -146,7 +146,7 @@ def test_blocks_on_their_way_are_forgotten_when_a_run_ends(
     one.owner.release()
     one.forget()
     brought: list[str] = []
-    bring, read_at = Expert.bring, reading._read_at
+    bring, read_at = Expert.bring, pieces.read_at
     held = threading.Event()
 
     def slow(file: object, rest: memoryview, offset: int) -> None:
@@ -164,8 +164,8 @@ def test_blocks_on_their_way_are_forgotten_when_a_run_ends(
 
     with monkeypatch.context() as patch:
         patch.setattr(reading, "AHEAD_BYTES", 1)
-        patch.setattr(reading, "PIECE_BYTES", 16 * 1024)  # so that some have not begun
-        patch.setattr(reading, "_read_at", slow)
+        patch.setattr(pieces, "PIECE_BYTES", 16 * 1024)  # so that some have not begun
+        patch.setattr(pieces, "read_at", slow)
         patch.setattr(Expert, "bring", watched)
         with pytest.raises(KeyboardInterrupt if met == "a cancel" else CheckpointError):
             one.run(handle)
@@ -188,12 +188,12 @@ def test_all_has_arrived_before_anything_computes(bench: Callable[..., Bench], c
     handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
     expected = one.run(handle).frames
     one.owner.release()
-    read_at = reading._read_at
+    read_at = pieces.read_at
 
     def slow(file: object, rest: memoryview, offset: int) -> None:
         time.sleep(0.01)
         read_at(file, rest, offset)
 
-    monkeypatch.setattr(reading, "_read_at", slow)
-    monkeypatch.setattr(reading, "PIECE_BYTES", 16 * 1024)
+    monkeypatch.setattr(pieces, "read_at", slow)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 16 * 1024)
     assert torch.equal(one.run(handle).frames, expected)

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 from read_files import PIECE, Watch
-from wan_sharded.engine.weights import reading
+from wan_sharded.engine.weights import pieces
 from wan_sharded.engine.weights.reading import TensorReader
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few kilobytes are as many pieces as gigabytes are."""
-    monkeypatch.setattr(reading, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", PIECE)
 
 
 @pytest.fixture
@@ -25,13 +25,13 @@ def reader() -> Iterator[TensorReader]:
 @pytest.fixture
 def before_reading(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """Has a function of the place in the file called before each piece is read."""
-    read_at = reading._read_at
+    read_at = pieces.read_at
 
     def watch(before: Callable[[int], None]) -> None:
         def watched(file: Any, rest: memoryview, offset: int) -> None:
             before(offset)
             read_at(file, rest, offset)
 
-        monkeypatch.setattr(reading, "_read_at", watched)
+        monkeypatch.setattr(pieces, "read_at", watched)
 
     return watch

@@ -16,7 +16,7 @@ from wan_sharded.engine.checkpoints.single_file import open_expert_file
 from wan_sharded.engine.checkpoints.stored import ComponentFiles, StoredTensor
 from wan_sharded.engine.errors import CheckpointError
 from wan_sharded.engine.transformer.low_precision import quantized_rows
-from wan_sharded.engine.weights import keeping, reading
+from wan_sharded.engine.weights import keeping, pieces
 from wan_sharded.engine.weights.expert import CPU, Expert
 from wan_sharded.engine.weights.precision import Precision, block_matrices, resolve_precision
 from wan_sharded.engine.weights.reading import Reading, TensorReader
@@ -260,7 +260,7 @@ def test_what_is_converted_is_read_first(tiny_single_files: Path, monkeypatch: p
 def test_a_failed_conversion_leaves_nothing_to_be_read(tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread would write into memory that is let go."""
     expert = Expert("high noise expert", open_expert_file(file_of(tiny_single_files, "fp8_scaled_old")), Precision(BF16, BF16, "F8_E4M3"))
-    held, read_at = threading.Event(), reading._read_at
+    held, read_at = threading.Event(), pieces.read_at
 
     def slow(file: object, rest: memoryview, offset: int) -> None:
         if rest.nbytes > 1000:  # no scale
@@ -271,8 +271,8 @@ def test_a_failed_conversion_leaves_nothing_to_be_read(tiny_single_files: Path, 
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "PIECE_BYTES", 2048)
-        patch.setattr(reading, "_read_at", slow)
+        patch.setattr(pieces, "PIECE_BYTES", 2048)
+        patch.setattr(pieces, "read_at", slow)
         patch.setattr(keeping, "_row_scales", fails)
         with pytest.raises(MemoryError, match="no room"):
             expert.bring("blocks.1", CPU, CPU, packed=True)

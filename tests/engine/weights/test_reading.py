@@ -17,8 +17,9 @@ from imagined_gpus import ImaginedGpus
 from read_files import PIECE, Watch, any_bytes, beside_each_other, stored_in
 from wan_sharded.engine.checkpoints.stored import StoredTensor
 from wan_sharded.engine.errors import CheckpointError, UnsupportedError
-from wan_sharded.engine.weights import reading
-from wan_sharded.engine.weights.reading import TensorReader, raw_shape
+from wan_sharded.engine.weights import pieces, reading
+from wan_sharded.engine.weights.pieces import raw_shape
+from wan_sharded.engine.weights.reading import TensorReader
 
 CPU, LAZY = torch.device("cpu"), torch.device("lazy:0")
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -122,54 +123,54 @@ def test_many_tensors_at_once(reader: TensorReader, tmp_path: Path) -> None:
     reader.read_into([])
 
 
-@pytest.mark.parametrize(("gap", "pieces"), [(0, 10), (7, 10), (300, 14)])
+@pytest.mark.parametrize(("gap", "count"), [(0, 10), (7, 10), (300, 14)])
 def test_small_tensors_that_lie_near_each_other_are_one_piece(
-    reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: int, pieces: int
+    reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: int, count: int
 ) -> None:
     """A block has thirty of them beside its ten large ones. Wanted in any order; what lies between is nobody's."""
-    monkeypatch.setattr(reading, "GAP_BYTES", 100)
+    monkeypatch.setattr(pieces, "GAP_BYTES", 100)
     sizes = [40, 1, 3 * PIECE + 11, 5, 1000, 8, 8, 8, 2 * PIECE, 30]
     stored = beside_each_other(tmp_path / "a", sizes, gap)
-    found: list[reading._Piece] = []
-    read_parts = reading._read_parts
-    monkeypatch.setattr(reading, "_read_parts", lambda file, piece: (found.append(piece), read_parts(file, piece))[1])
+    found: list[pieces.Piece] = []
+    read_parts = pieces.read_parts
+    monkeypatch.setattr(pieces, "read_parts", lambda file, piece: (found.append(piece), read_parts(file, piece))[1])
     whole = torch.frombuffer(bytearray(stored[0].file.read_bytes()), dtype=torch.uint8)
     wanted = [(one, torch.zeros(one.size_bytes, dtype=torch.uint8)) for one in stored]
     random.Random(gap).shuffle(wanted)
     reader.read_into(wanted)
     for one, target in wanted:
         assert torch.equal(target, whole[one.offset : one.offset + one.size_bytes])
-    assert len(found) == pieces and all(piece.size_bytes <= PIECE for piece in found)
+    assert len(found) == count and all(piece.size_bytes <= PIECE for piece in found)
     # By way of a buffer, as to a GPU.
     for piece in found:
         buffer = torch.zeros(piece.size_bytes, dtype=torch.uint8)
         with piece.path.open("rb", buffering=0) as file:
-            reading._read_at(file, buffer.numpy().data, piece.offset)
+            pieces.read_at(file, buffer.numpy().data, piece.offset)
         for place, target in piece.targets:
             assert torch.equal(buffer[place : place + target.numel()], target)
 
 
 def test_what_is_not_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of other files, of another version of the file, for other devices; and those that overlap."""
-    monkeypatch.setattr(reading, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     meta, bytes_each = torch.device("meta"), 10
 
     def wanted(name: str, offset: int, device: torch.device = CPU, modified_ns: int = 0) -> tuple[StoredTensor, torch.Tensor]:
         stored = StoredTensor(tmp_path / name, "t", "U8", (bytes_each,), offset, bytes_each, modified_ns=modified_ns)
         return stored, torch.empty(bytes_each, dtype=torch.uint8, device=device)
 
-    def pieces(*asked: tuple[StoredTensor, torch.Tensor]) -> list[tuple[str, int, int, int, str]]:
-        found = list(reading._pieces(asked))
+    def cut(*asked: tuple[StoredTensor, torch.Tensor]) -> list[tuple[str, int, int, int, str]]:
+        found = list(pieces.pieces_of(asked))
         for piece in found:
             assert {target.device for _, target in piece.targets} == {piece.device}
         return [(piece.path.name, piece.offset, piece.size_bytes, len(piece.targets), piece.device.type) for piece in found]
 
-    assert pieces(wanted("a", 10), wanted("a", 0)) == [("a", 0, 20, 2, "cpu")]
-    assert pieces(wanted("a", 0), wanted("b", 10)) == [("a", 0, 10, 1, "cpu"), ("b", 10, 10, 1, "cpu")]
-    assert pieces(wanted("a", 0), wanted("a", 10, meta)) == [("a", 0, 10, 1, "cpu"), ("a", 10, 10, 1, "meta")]
-    assert pieces(wanted("a", 0, modified_ns=1), wanted("a", 10, modified_ns=2)) == [("a", 0, 10, 1, "cpu"), ("a", 10, 10, 1, "cpu")]
-    assert pieces(wanted("a", 0), wanted("a", 5)) == [("a", 0, 10, 1, "cpu"), ("a", 5, 10, 1, "cpu")]
-    assert pieces(wanted("a", 0), wanted("a", 0)) == [("a", 0, 10, 1, "cpu")] * 2
+    assert cut(wanted("a", 10), wanted("a", 0)) == [("a", 0, 20, 2, "cpu")]
+    assert cut(wanted("a", 0), wanted("b", 10)) == [("a", 0, 10, 1, "cpu"), ("b", 10, 10, 1, "cpu")]
+    assert cut(wanted("a", 0), wanted("a", 10, meta)) == [("a", 0, 10, 1, "cpu"), ("a", 10, 10, 1, "meta")]
+    assert cut(wanted("a", 0, modified_ns=1), wanted("a", 10, modified_ns=2)) == [("a", 0, 10, 1, "cpu"), ("a", 10, 10, 1, "cpu")]
+    assert cut(wanted("a", 0), wanted("a", 5)) == [("a", 0, 10, 1, "cpu"), ("a", 5, 10, 1, "cpu")]
+    assert cut(wanted("a", 0), wanted("a", 0)) == [("a", 0, 10, 1, "cpu")] * 2
 
 
 def test_there_are_buffers_to_read_into_while_others_are_copied() -> None:

@@ -15,7 +15,7 @@ from wan_sharded.engine.checkpoints.lora import LoraChoice, open_lora_file
 from wan_sharded.engine.checkpoints.single_file import open_expert_file
 from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, StoredTensor
 from wan_sharded.engine.errors import CheckpointError
-from wan_sharded.engine.weights import reading
+from wan_sharded.engine.weights import pieces
 from wan_sharded.engine.weights.expert import CPU, Expert
 from wan_sharded.engine.weights.precision import Precision
 from wan_sharded.engine.weights.reading import TensorReader
@@ -62,7 +62,7 @@ def test_a_loras_file(make_checkpoint: Callable[..., Path], tmp_path: Path) -> N
 @pytest.mark.parametrize("still_open", [True, False], ids=["open from before", "opened after the check"])
 def test_a_file_that_is_replaced_under_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, still_open: bool) -> None:
     """By renaming: whoever has the old one open goes on reading it, and whoever opens it gets the new one."""
-    monkeypatch.setattr(reading, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     file, size = tmp_path / "a.safetensors", 8000
 
     def stored(value: int) -> StoredTensor:

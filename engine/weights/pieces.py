@@ -1,0 +1,141 @@
+"""Pieces of checkpoint files, and how one is read.
+
+Knows files and memory on the CPU, nothing of threads or GPUs; called by the reader of tensors (reading.py).
+"""
+
+import mmap
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from ..checkpoints.stored import StoredTensor
+from ..errors import CheckpointError
+from .precision import stored_dtype
+
+# Small enough that all threads have something to do until nearly the end, large enough that Python's work for each counts little.
+PIECE_BYTES = 8 * 1024**2
+# What is not wanted between two tensors of a file is read along where it is no more than this: one piece costs more.
+GAP_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a file, and where its parts go: offsets within it, and memory on one device."""
+
+    path: Path
+    modified_ns: int
+    offset: int
+    size_bytes: int
+    targets: tuple[tuple[int, torch.Tensor], ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.targets[0][1].device
+
+
+def pieces_of(wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[Piece]:
+    """What is wanted in pieces of about one size: large tensors cut, small ones that lie near each other in a file together."""
+    cut = sorted(
+        (
+            (
+                str(stored.file),
+                stored.modified_ns,
+                str(target.device),
+                stored.offset + begin,
+                stored.file,
+                part,
+            )
+            for stored, target in wanted
+            for begin, part in zip(range(0, stored.size_bytes, PIECE_BYTES), target.split(PIECE_BYTES), strict=False)
+        ),
+        key=lambda found: found[:4],
+    )
+    together: list[tuple[int, torch.Tensor]] = []
+    first = end = 0
+    for number, (_, modified_ns, _, offset, path, target) in enumerate(cut):
+        together.append((offset - first if together else 0, target))
+        first = offset if len(together) == 1 else first
+        end = offset + target.numel()
+        follows = cut[number + 1] if number + 1 < len(cut) else None
+        if (
+            follows is None
+            or follows[:3] != cut[number][:3]
+            or not end <= follows[3] <= end + GAP_BYTES
+            or follows[3] + follows[5].numel() - first > PIECE_BYTES
+        ):
+            yield Piece(path, modified_ns, first, end - first, tuple(together))
+            together = []
+
+
+def mapped(stored: StoredTensor) -> torch.Tensor:
+    """A tensor on the CPU whose memory is the file's own pages, fetched when touched. Writing to it does not change the file."""
+    dtype = stored_dtype(stored)
+    if stored.elements == 0:
+        return torch.empty(stored.shape, dtype=dtype)
+    # Only its own pages: systems refuse a private mapping of more than they have memory.
+    begin = stored.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    within = stored.offset - begin
+    with named(stored.file), stored.file.open("rb") as file:
+        found = os.fstat(file.fileno())
+        if found.st_size < stored.offset + stored.size_bytes:
+            raise EOFError("it has become shorter")
+        check_unchanged(stored.file, found, stored.modified_ns)
+        pages = mmap.mmap(file.fileno(), within + stored.size_bytes, access=mmap.ACCESS_COPY, offset=begin)
+    count = stored.size_bytes // dtype.itemsize
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=within).view(raw_shape(stored))
+
+
+def read_alone(piece: Piece) -> None:
+    with named(piece.path), piece.path.open("rb", buffering=0) as file:
+        check_unchanged(piece.path, os.fstat(file.fileno()), piece.modified_ns)
+        read_parts(file, piece)
+
+
+def read_parts(file: IO[bytes], piece: Piece) -> None:
+    """Into the memory where a piece's parts go."""
+    for place, target in piece.targets:
+        read_at(file, target.numpy().data, piece.offset + place)
+
+
+def read_at(file: IO[bytes], rest: memoryview, offset: int) -> None:
+    """Fill memory from a place in a file."""
+    while rest:
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [rest], offset)
+        else:
+            file.seek(offset)
+            count = file.readinto(rest)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError("it has become shorter")
+        rest, offset = rest[count:], offset + count
+
+
+def check_unchanged(path: Path, found: os.stat_result, modified_ns: int) -> None:
+    """Another file under the same name has other tensors at the same places."""
+    if modified_ns and found.st_mtime_ns != modified_ns:
+        raise CheckpointError(f"{path} was changed after it was chosen. Run again, so that it is looked at anew.")
+
+
+@contextmanager
+def named(path: Path) -> Generator[None, None, None]:
+    """Errors say which file it is."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, why: object) -> CheckpointError:
+    return CheckpointError(f"{path} could not be read ({why}). Was it moved or is it damaged? Download it again.")
+
+
+def raw_shape(stored: StoredTensor) -> tuple[int, ...]:
+    """The shape of what the file has: the values' own, or rows of GGUF's bytes."""
+    if stored.gguf_type is None:
+        return stored.shape
+    return stored.shape[0], stored.size_bytes // stored.shape[0]
