@@ -8,6 +8,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import IO
 
@@ -39,37 +40,45 @@ class Piece:
 
 
 def pieces_of(wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[Piece]:
-    """What is wanted in pieces of about one size: large tensors cut, small ones that lie near each other in a file together."""
-    cut = sorted(
-        (
-            (
-                str(stored.file),
-                stored.modified_ns,
-                str(target.device),
-                stored.offset + begin,
-                stored.file,
-                part,
-            )
-            for stored, target in wanted
-            for begin, part in zip(range(0, stored.size_bytes, PIECE_BYTES), target.split(PIECE_BYTES), strict=False)
-        ),
-        key=lambda found: found[:4],
-    )
-    together: list[tuple[int, torch.Tensor]] = []
-    first = end = 0
-    for number, (_, modified_ns, _, offset, path, target) in enumerate(cut):
-        together.append((offset - first if together else 0, target))
-        first = offset if len(together) == 1 else first
-        end = offset + target.numel()
-        follows = cut[number + 1] if number + 1 < len(cut) else None
-        if (
-            follows is None
-            or follows[:3] != cut[number][:3]
-            or not end <= follows[3] <= end + GAP_BYTES
-            or follows[3] + follows[5].numel() - first > PIECE_BYTES
-        ):
-            yield Piece(path, modified_ns, first, end - first, tuple(together))
-            together = []
+    """What is wanted in pieces of about one size: what lies near each other in a file is cut without regard to where tensors end."""
+    ordered = sorted(wanted, key=lambda pair: (_whose(pair), pair[0].offset))
+    for _, near in groupby(_numbered_runs(ordered), key=lambda found: found[0]):
+        run = [pair for _, pair in near]
+        first, last = run[0][0], run[-1][0]
+        size = last.offset + last.size_bytes - first.offset
+        each = -(-size // max(1, -(-size // PIECE_BYTES)))
+        for _, parts in groupby(_cut(run, each), key=lambda part: (part[0] - first.offset) // each):
+            targets = list(parts)
+            offset, end = targets[0][0], targets[-1][0] + targets[-1][1].numel()
+            yield Piece(first.file, first.modified_ns, offset, end - offset, tuple((place - offset, part) for place, part in targets))
+
+
+def _whose(pair: tuple[StoredTensor, torch.Tensor]) -> tuple[str, int, str]:
+    stored, target = pair
+    return str(stored.file), stored.modified_ns, str(target.device)
+
+
+def _numbered_runs(ordered: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[tuple[int, tuple[StoredTensor, torch.Tensor]]]:
+    """Tensors that lie behind each other in a file have one number. Those without a byte are left out."""
+    number, whose, end = 0, None, 0
+    for pair in ordered:
+        stored = pair[0]
+        if stored.size_bytes:
+            if _whose(pair) != whose or not end <= stored.offset <= end + GAP_BYTES:
+                number, whose = number + 1, _whose(pair)
+            end = stored.offset + stored.size_bytes
+            yield number, pair
+
+
+def _cut(run: Sequence[tuple[StoredTensor, torch.Tensor]], each: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Parts of tensors with their places in the file, none across a multiple of so many bytes from the first one's."""
+    first = run[0][0].offset
+    for stored, target in run:
+        offset, rest = stored.offset, target
+        while rest.numel():
+            count = min(rest.numel(), each - (offset - first) % each)
+            yield offset, rest[:count]
+            offset, rest = offset + count, rest[count:]
 
 
 def mapped(stored: StoredTensor) -> torch.Tensor:

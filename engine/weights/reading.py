@@ -25,13 +25,13 @@ from .pieces import Piece
 from .precision import stored_dtype
 
 CPU = torch.device("cpu")
-# One thread saturates neither a fast disk nor memory (benchmarks/loading.py).
-THREADS = min(8, os.cpu_count() or 1)
+# One thread saturates neither a fast disk nor memory, and some wait for Python while others read (benchmarks/loading.py).
+THREADS = min(12, os.cpu_count() or 1)
 # Each thread reads into one while another one is sent.
 BUFFERS = 2 * THREADS
-# Of what was begun, so much may still be on its way when something else is begun: enough to keep the threads busy, little to wait for
-# when a run is cancelled.
-AHEAD_BYTES = 256 * 1024**2
+# Of what was begun, so much may still be on its way when something else is begun: a few blocks, so that threads find something to read while
+# the next one is prepared.
+AHEAD_BYTES = 2 * 1024**3
 
 
 class _Buffer:
@@ -147,9 +147,11 @@ class TensorReader:
     def __init__(self) -> None:
         # One thread sends what the others have read: many that talk to a GPU are in each other's way.
         self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
-        # A thread takes what is urgent first. As many tasks are asked of the threads as there are errands.
+        # A thread takes what is urgent first, and goes on while there is something.
         self._urgent: deque[_Errand] = deque()
         self._errands: deque[_Errand] = deque()
+        self._taking = threading.Lock()
+        self._at_work: set[object] = set()
         self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
         self._outbox: SimpleQueue[_Sending] = SimpleQueue()
         self._send_asked = False
@@ -249,22 +251,35 @@ class TensorReader:
         readers, sender = self._pools
         stream = None if piece.device == CPU else torch.cuda.current_stream(piece.device)
         reading.add(piece.size_bytes)
-        errand = _Errand(piece, reading, stream)
-        errands.append(errand)
+        errand, name = _Errand(piece, reading, stream), object()
+        with self._taking:
+            errands.append(errand)
+            if len(self._at_work) >= THREADS:
+                return
+            self._at_work.add(name)
         try:
-            readers.submit(self._read, sender)
+            readers.submit(self._work, name, sender)
         except BaseException:
-            with suppress(ValueError):  # another thread has taken it on
-                errands.remove(errand)
-                reading.done()
+            with self._taking:
+                self._at_work.discard(name)
+                with suppress(ValueError):  # another thread has taken it on
+                    errands.remove(errand)
+                    reading.done()
             raise
 
-    def _read(self, sender: ThreadPoolExecutor) -> None:
+    def _work(self, name: object, sender: ThreadPoolExecutor) -> None:
+        """Read while there is something to be read. One task for each piece would take longer."""
+        while True:
+            with self._taking:
+                if not (errands := self._urgent or self._errands):
+                    self._at_work.discard(name)
+                    return
+                errand = errands.popleft()
+            self._read(errand, sender)
+            del errand  # which knows the memory that it filled
+
+    def _read(self, errand: _Errand, sender: ThreadPoolExecutor) -> None:
         """Read one piece to where it goes, or have it sent there."""
-        try:
-            errand = self._urgent.popleft()
-        except IndexError:
-            errand = self._errands.popleft()
         piece, reading, stream = errand.piece, errand.reading, errand.stream
         buffer = None
         try:

@@ -67,7 +67,7 @@ def test_begun_and_waited_for_later(reader: TensorReader, tmp_path: Path, before
 def test_little_of_what_was_begun_before_is_still_on_its_way(
     reader: TensorReader, tmp_path: Path, before_reading: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else an expert's blocks would all be begun at once, and a cancel would wait for them."""
+    """Else an expert's blocks would all be begun at once, and the progress told would be of what has not come."""
     monkeypatch.setattr(reading, "AHEAD_BYTES", 9 * PIECE)
     stored, targets, content = parts_of_one_file(tmp_path / "a", 4)
     gate = Gate(before_reading)
