@@ -1,8 +1,8 @@
 """The blocks of one forward, computed by all workers.
 
-For each block every worker projects its tokens, writing its keys and values into its copy of everybody's; pulls the others' slices, head
-group by head group, beside its computing; attends; and finishes the block for its tokens. What must wait for what is told to the
-devices; the host only waits so as not to queue too far ahead.
+For each block every worker projects its tokens: first to keys and values, which it writes into its copy of everybody's, then to queries. It
+pulls the others' slices, head group by head group, beside its computing; attends; and finishes the block for its tokens. What must wait for
+what is told to the devices; the host only waits so as not to queue too far ahead.
 """
 
 from collections import deque
@@ -93,27 +93,48 @@ class BlockLoop:
         if timed:
             state.timed.append([])
             state.lap()
-        inputs, functions = state.inputs, self._functions
-        query = keys = values = None
-        spans = state.ranges()
-        for span in spans:
-            given = (state.weights, state.x[:, span], modulation_of(inputs.temb, span), inputs.cos[:, span], inputs.sin[:, span])
-            if state.exchange is not None:
-                first = state.tokens.start
-                own = slice(first + span.start, first + span.stop)
-                rooms = tuple(both[:, own] for both in state.exchange.both)
-                query = placed(query, functions.project_into(*given, rooms), span, state.count)
-            else:
-                q, k, v = functions.project(*given)
-                query, keys, values = (placed(whole, piece, span, state.count) for whole, piece in ((query, q), (keys, k), (values, v)))
-        state.query = query
-        if keys is not None and values is not None:
-            state.exchange = Exchange([keys], [values])
-        state.projected = state.worker.mark()
+        if state.exchange is None:
+            self._project_alone(state)
+        else:
+            self._project_for_all(state)
         # Beside the exchange.
-        state.text_keys = functions.math.text_keys(state.weights, inputs.text)
+        state.text_keys = self._functions.math.text_keys(state.weights, state.inputs.text)
         if timed:
             state.lap()
+
+    def _project_alone(self, state: State) -> None:
+        inputs = state.inputs
+        query = keys = values = None
+        for span in state.ranges():
+            temb, cos, sin = modulation_of(inputs.temb, span), inputs.cos[:, span], inputs.sin[:, span]
+            q, k, v = self._functions.project(state.weights, state.x[:, span], temb, cos, sin)
+            query, keys, values = (placed(whole, piece, span, state.count) for whole, piece in ((query, q), (keys, k), (values, v)))
+        assert keys is not None and values is not None
+        state.query, state.exchange = query, Exchange([keys], [values])
+
+    def _project_for_all(self, state: State) -> None:
+        """Keys and values first: the others pull them while the queries are made."""
+        inputs, functions, first = state.inputs, self._functions, state.tokens.start
+        assert state.exchange is not None
+        spans = state.ranges()
+        query = kept = None
+        for span in spans:
+            own = slice(first + span.start, first + span.stop)
+            rooms = tuple(both[:, own] for both in state.exchange.both)
+            temb, cos, sin = modulation_of(inputs.temb, span), inputs.cos[:, span], inputs.sin[:, span]
+            kept = functions.keys_into(state.weights, state.x[:, span], temb, cos, sin, rooms)
+            if len(spans) > 1:  # all of them together would take memory that is not planned for
+                kept = None
+        state.projected = state.worker.mark()
+        for span in spans:
+            modulated = kept
+            if modulated is None:
+                modulated = functions.modulated(state.weights, state.x[:, span], modulation_of(inputs.temb, span))
+            made = functions.query(state.weights, modulated, inputs.cos[:, span], inputs.sin[:, span])
+            del modulated
+            query = placed(query, made, span, state.count)
+            del made
+        state.query = query
 
     def _exchange(self, states: list[State]) -> list[Mark]:
         """Every worker pulls the others' keys and values into its copy, group by group; the points at which all have arrived."""
@@ -122,18 +143,22 @@ class BlockLoop:
         for reader in states:
             assert reader.exchange is not None
             reader.arrived = [[] for _ in reader.exchange.both]
+        in_turn = not self._crew.slow_links()
         for number in range(len(states[0].exchange.both)):  # type: ignore[union-attr]
+            # Links that are shared would else carry the next group's slices beside those that somebody waits for.
+            before = [tuple(state.pulled) for state in states] if in_turn and number else [()] * len(states)
             for reader in states:
-                for writer in states:
+                for writer, its_pulls in zip(states, before, strict=True):
                     if writer is not reader:
-                        self._pull(reader, writer, number)
+                        earlier = (*reader.arrived[number - 1], *its_pulls) if its_pulls else ()
+                        self._pull(reader, writer, number, earlier)
         return [arrived for reader in states for arrived in reader.arrived[-1]]
 
-    def _pull(self, reader: State, writer: State, group: int) -> None:
+    def _pull(self, reader: State, writer: State, group: int, earlier: Sequence[Mark]) -> None:
         link = self._crew.link("keys", writer.worker.device, reader.worker, writer.worker)
         assert reader.exchange is not None and writer.exchange is not None
         # The reader's copy is free once its attention over the last block is done.
-        after = (writer.projected, reader.attended)
+        after = (writer.projected, reader.attended, *earlier)
         arrived: Mark = None
         # One copy for each video of a batch, whose slices are contiguous.
         for target, source in zip(reader.exchange.both[group], writer.exchange.both[group], strict=True):

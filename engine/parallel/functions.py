@@ -81,9 +81,9 @@ class BlockFunctions:
         return self._compilable and not self.compiled and self.failure is None and can_compile()
 
     def compile(self) -> None:
-        """Use compiled halves from the next call on; the work is done at the first call on each device."""
+        """Use compiled functions from the next call on; the work is done at the first call on each device."""
         # One graph each, or an error that says what is in the way.
-        halves = (self.math.project, self.math.project_into, self.math.finish)
+        halves = (self.math.project, self.math.keys_into, self.math.query, self.math.modulated, self.math.finish)
         try:
             self._compiled = {function.__name__: torch.compile(function, fullgraph=True) for function in halves}
         except RuntimeError as error:  # a Python or a system that torch can't compile for at all
@@ -121,12 +121,22 @@ class BlockFunctions:
         self._any_length(x, cos, sin, temb if temb.ndim == 4 else None)
         return self._call(self.math.project, weights, x, temb, cos, sin)
 
-    def project_into(
+    def keys_into(
         self, weights: Any, x: torch.Tensor, temb: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rooms: tuple[torch.Tensor, ...]
-    ) -> Any:
-        """As :meth:`BlockMath.project_into`."""
+    ) -> torch.Tensor:
+        """As :meth:`BlockMath.keys_into`."""
         self._any_length(x, cos, sin, temb if temb.ndim == 4 else None, *rooms)
-        return self._call(self.math.project_into, weights, x, temb, cos, sin, rooms)
+        return self._call(self.math.keys_into, weights, x, temb, cos, sin, rooms)
+
+    def query(self, weights: Any, modulated: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """As :meth:`BlockMath.query`."""
+        self._any_length(modulated, cos, sin)
+        return self._call(self.math.query, weights, modulated, cos, sin)
+
+    def modulated(self, weights: Any, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """As :meth:`BlockMath.modulated`."""
+        self._any_length(x, temb if temb.ndim == 4 else None)
+        return self._call(self.math.modulated, weights, x, temb)
 
     def finish(self, weights: Any, x: torch.Tensor, attended: torch.Tensor, temb: torch.Tensor, keys: Any) -> torch.Tensor:
         """As :meth:`BlockMath.finish`."""

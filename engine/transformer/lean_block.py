@@ -66,7 +66,9 @@ def lean_forward(
     query, keys_and_values = hidden_states.new_empty(shape), hidden_states.new_empty(batch, length, 2, *shape[2:])
     for tokens in token_ranges(length):
         arguments = (weights, hidden_states[:, tokens], modulation_of(temb, tokens), cos[:, tokens], sin[:, tokens])
-        query[:, tokens] = math.project_into(*arguments, (keys_and_values[:, tokens],))
+        modulated = math.keys_into(*arguments, (keys_and_values[:, tokens],))
+        query[:, tokens] = math.query(weights, modulated, cos[:, tokens], sin[:, tokens])
+        del modulated
     attended = attend(query, *keys_and_values.unbind(2))
     del query, keys_and_values
     keys = math.text_keys(weights, encoder_hidden_states)

@@ -1,8 +1,8 @@
 """A Wan block's arithmetic as plain functions of tensors and weights. Knows no devices, no modules, no weights' homes.
 
 Everything in a block but the softmax of self-attention works token by token. So a block is two halves with the attention
-between them: :meth:`BlockMath.project` for any of the tokens, attention of those tokens over everybody's keys and values,
-and :meth:`BlockMath.finish` for the same tokens. Which tokens, on which device, compiled or not, is the caller's business.
+between them: :meth:`BlockMath.project` for any of the tokens (or :meth:`BlockMath.keys_into`, then :meth:`BlockMath.query`), attention of
+those tokens over everybody's keys and values, and :meth:`BlockMath.finish` for the same tokens. Which tokens, on which device, compiled or not, is the caller's business.
 
 Weights come as a mapping of names inside the block ("attn1.to_q.weight") to tensors, so that they may live in a buffer that
 holds another block a moment later, and so that one compiled function serves all blocks. Beside a layer's "weight" and "bias" there may be
@@ -35,8 +35,9 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 TEXT_TOKENS = 512
 # Layers of one input. Where their weights lie one behind the other, a weight named "a+b" stands for all of them.
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+KV = QKV[1:]
 TEXT_KV = ("attn2.to_k", "attn2.to_v")
-FUSED = (QKV, TEXT_KV)
+FUSED = (QKV, KV, TEXT_KV)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -67,26 +68,37 @@ class BlockMath:
 
     # ---- the two halves
 
-    def project_into(
+    def keys_into(
         self, weights: Weights, x: torch.Tensor, temb: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rooms: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        """As :meth:`project`, with keys and values written where others will read them.
+        """Keys and values as of :meth:`project`, written where others will read them, before there is a query.
 
         Args:
             rooms: one tensor [B, l, 2, some heads, head width] per group of heads, in the order of the heads: keys, then values; none of
                 them may share memory with another.
 
         Returns:
-            The query [B, l, N, head width].
+            What :meth:`query` is made of, [B, l, D].
         """
-        query, key, value = self.project(weights, x, temb, cos, sin)
+        modulated = self.modulated(weights, x, temb)
+        key, value = _fused(weights, KV, modulated)
+        key, value = self._rotated(weights, "norm_k", key, cos, sin), self._heads(value)
         first = 0
         for room in rooms:
             last = first + room.shape[3]
             room[:, :, 0].copy_(key[:, :, first:last])
             room[:, :, 1].copy_(value[:, :, first:last])
             first = last
-        return query
+        return modulated
+
+    def query(self, weights: Weights, modulated: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """The query as of :meth:`project`, [B, l, N, head width], of what :meth:`keys_into` or :meth:`modulated` returned."""
+        return self._rotated(weights, "norm_q", _linear(weights, QKV[0], modulated), cos, sin)
+
+    def modulated(self, weights: Weights, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """What queries, keys and values are made of, [B, l, D]."""
+        shift, scale, *_ = self.modulation(weights, temb)
+        return self._modulated(x, scale, shift)
 
     def project(
         self, weights: Weights, x: torch.Tensor, temb: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -102,8 +114,7 @@ class BlockMath:
         Returns:
             Three of [B, l, N, head width].
         """
-        shift, scale, *_ = self.modulation(weights, temb)
-        q, k, v = _fused(weights, QKV, self._modulated(x, scale, shift))
+        q, k, v = _fused(weights, QKV, self.modulated(weights, x, temb))
         q = self._rotated(weights, "norm_q", q, cos, sin)
         k = self._rotated(weights, "norm_k", k, cos, sin)
         return q, k, self._heads(v)

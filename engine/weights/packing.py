@@ -45,7 +45,7 @@ class Layout:
     Args:
         specs: name -> what stands there.
         together: groups of names to lie one behind the other without a gap, each with the name of the whole. Where the members are of
-            one dtype and differ in their first dimension only, :meth:`bind` gives the whole as well.
+            one dtype and differ in their first dimension only, :meth:`bind` gives the whole as well. A group may be part of one before it.
         kinds: what :meth:`bind` gives besides tensors (wan_block.py); members of ``together`` that have one are not joined.
     """
 
@@ -59,9 +59,11 @@ class Layout:
         for whole, names in together:
             members = [specs[name] for name in names if name in specs]
             if len(members) == len(names) and _stack(members) and not any(f"{name}.gguf" in self.kinds for name in names):
-                begin = self._align()
-                for name, spec in zip(names, members, strict=True):
-                    self._add(name, spec, align=False)
+                if names[0] not in self._pieces:
+                    self._align()
+                    for name, spec in zip(names, members, strict=True):
+                        self._add(name, spec, align=False)
+                begin = self._pieces[names[0]].offset
                 shape = (sum(spec.shape[0] for spec in members), *members[0].shape[1:])
                 self._wholes[whole] = _Piece(begin, Spec(shape, members[0].dtype))
         for name, spec in specs.items():

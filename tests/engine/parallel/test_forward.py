@@ -163,9 +163,9 @@ class ClockedWorker(Worker):
 class ClockedFunctions(BlockFunctions):
     clock: Clock
 
-    def project_into(self, weights, x, *rest):
+    def keys_into(self, weights, x, *rest):
         self.clock.tick(x.shape[1])
-        return super().project_into(weights, x, *rest)
+        return super().keys_into(weights, x, *rest)
 
     def finish(self, weights, x, *rest):
         self.clock.tick(x.shape[1])

@@ -8,7 +8,7 @@ import torch
 from imagined_gpus import ImaginedGpus
 from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folder
 from wan_sharded.engine.checkpoints.stored import HIGH_NOISE
-from wan_sharded.engine.transformer.wan_block import QKV, TEXT_KV, fused_name
+from wan_sharded.engine.transformer.wan_block import FUSED, fused_name
 from wan_sharded.engine.weights.expert import CPU, Expert
 from wan_sharded.engine.weights.packing import Layout, Spec
 from wan_sharded.engine.weights.precision import Precision
@@ -215,7 +215,7 @@ def test_all_blocks_of_an_expert_lie_alike(tiny_checkpoint: Path, precision: Pre
         weights, plain = expert.block_weights(part), loose.block_weights(part)
         for name, tensor in plain.items():
             assert torch.equal(weights[name], tensor), name
-        for names in (QKV, TEXT_KV):
+        for names in FUSED:
             for kind in ("weight", "bias", *(["weight_scale"] if precision.quantized else [])):
                 whole = weights[f"{fused_name(names)}.{kind}"]
                 assert torch.equal(whole, torch.cat([plain[f"{name}.{kind}"] for name in names]))
