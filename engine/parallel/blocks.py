@@ -113,27 +113,20 @@ class BlockLoop:
         state.query, state.exchange = query, Exchange([keys], [values])
 
     def _project_for_all(self, state: State) -> None:
-        """Keys and values first: the others pull them while the queries are made."""
+        """Keys and values before the queries: the others pull them while the last range's are made."""
         inputs, functions, first = state.inputs, self._functions, state.tokens.start
         assert state.exchange is not None
         spans = state.ranges()
-        query = kept = None
+        query = None
         for span in spans:
             own = slice(first + span.start, first + span.stop)
             rooms = tuple(both[:, own] for both in state.exchange.both)
             temb, cos, sin = modulation_of(inputs.temb, span), inputs.cos[:, span], inputs.sin[:, span]
-            kept = functions.keys_into(state.weights, state.x[:, span], temb, cos, sin, rooms)
-            if len(spans) > 1:  # all of them together would take memory that is not planned for
-                kept = None
-        state.projected = state.worker.mark()
-        for span in spans:
-            modulated = kept
-            if modulated is None:
-                modulated = functions.modulated(state.weights, state.x[:, span], modulation_of(inputs.temb, span))
-            made = functions.query(state.weights, modulated, inputs.cos[:, span], inputs.sin[:, span])
+            modulated = functions.keys_into(state.weights, state.x[:, span], temb, cos, sin, rooms)
+            if span is spans[-1]:
+                state.projected = state.worker.mark()
+            query = placed(query, functions.query(state.weights, modulated, cos, sin), span, state.count)
             del modulated
-            query = placed(query, made, span, state.count)
-            del made
         state.query = query
 
     def _exchange(self, states: list[State]) -> list[Mark]:
@@ -143,22 +136,18 @@ class BlockLoop:
         for reader in states:
             assert reader.exchange is not None
             reader.arrived = [[] for _ in reader.exchange.both]
-        in_turn = not self._crew.slow_links()
         for number in range(len(states[0].exchange.both)):  # type: ignore[union-attr]
-            # Links that are shared would else carry the next group's slices beside those that somebody waits for.
-            before = [tuple(state.pulled) for state in states] if in_turn and number else [()] * len(states)
             for reader in states:
-                for writer, its_pulls in zip(states, before, strict=True):
+                for writer in states:
                     if writer is not reader:
-                        earlier = (*reader.arrived[number - 1], *its_pulls) if its_pulls else ()
-                        self._pull(reader, writer, number, earlier)
+                        self._pull(reader, writer, number)
         return [arrived for reader in states for arrived in reader.arrived[-1]]
 
-    def _pull(self, reader: State, writer: State, group: int, earlier: Sequence[Mark]) -> None:
+    def _pull(self, reader: State, writer: State, group: int) -> None:
         link = self._crew.link("keys", writer.worker.device, reader.worker, writer.worker)
         assert reader.exchange is not None and writer.exchange is not None
         # The reader's copy is free once its attention over the last block is done.
-        after = (writer.projected, reader.attended, *earlier)
+        after = (writer.projected, reader.attended)
         arrived: Mark = None
         # One copy for each video of a batch, whose slices are contiguous.
         for target, source in zip(reader.exchange.both[group], writer.exchange.both[group], strict=True):

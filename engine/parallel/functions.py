@@ -83,9 +83,9 @@ class BlockFunctions:
     def compile(self) -> None:
         """Use compiled functions from the next call on; the work is done at the first call on each device."""
         # One graph each, or an error that says what is in the way.
-        halves = (self.math.project, self.math.keys_into, self.math.query, self.math.modulated, self.math.finish)
+        parts = (self.math.project, self.math.keys_into, self.math.query, self.math.finish)
         try:
-            self._compiled = {function.__name__: torch.compile(function, fullgraph=True) for function in halves}
+            self._compiled = {function.__name__: torch.compile(function, fullgraph=True) for function in parts}
         except RuntimeError as error:  # a Python or a system that torch can't compile for at all
             self._give_up(error, self.devices)
         else:
@@ -132,11 +132,6 @@ class BlockFunctions:
         """As :meth:`BlockMath.query`."""
         self._any_length(modulated, cos, sin)
         return self._call(self.math.query, weights, modulated, cos, sin)
-
-    def modulated(self, weights: Any, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """As :meth:`BlockMath.modulated`."""
-        self._any_length(x, temb if temb.ndim == 4 else None)
-        return self._call(self.math.modulated, weights, x, temb)
 
     def finish(self, weights: Any, x: torch.Tensor, attended: torch.Tensor, temb: torch.Tensor, keys: Any) -> torch.Tensor:
         """As :meth:`BlockMath.finish`."""

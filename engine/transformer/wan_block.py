@@ -80,7 +80,8 @@ class BlockMath:
         Returns:
             What :meth:`query` is made of, [B, l, D].
         """
-        modulated = self.modulated(weights, x, temb)
+        shift, scale, *_ = self.modulation(weights, temb)
+        modulated = self._modulated(x, scale, shift)
         key, value = _fused(weights, KV, modulated)
         key, value = self._rotated(weights, "norm_k", key, cos, sin), self._heads(value)
         first = 0
@@ -92,13 +93,8 @@ class BlockMath:
         return modulated
 
     def query(self, weights: Weights, modulated: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """The query as of :meth:`project`, [B, l, N, head width], of what :meth:`keys_into` or :meth:`modulated` returned."""
+        """The query as of :meth:`project`, [B, l, N, head width], of what :meth:`keys_into` returned."""
         return self._rotated(weights, "norm_q", _linear(weights, QKV[0], modulated), cos, sin)
-
-    def modulated(self, weights: Weights, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """What queries, keys and values are made of, [B, l, D]."""
-        shift, scale, *_ = self.modulation(weights, temb)
-        return self._modulated(x, scale, shift)
 
     def project(
         self, weights: Weights, x: torch.Tensor, temb: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -114,7 +110,8 @@ class BlockMath:
         Returns:
             Three of [B, l, N, head width].
         """
-        q, k, v = _fused(weights, QKV, self.modulated(weights, x, temb))
+        shift, scale, *_ = self.modulation(weights, temb)
+        q, k, v = _fused(weights, QKV, self._modulated(x, scale, shift))
         q = self._rotated(weights, "norm_q", q, cos, sin)
         k = self._rotated(weights, "norm_k", k, cos, sin)
         return q, k, self._heads(v)

@@ -64,7 +64,7 @@ def run(expert: Expert, *, compiled: bool = True, fixed: bool | None = None) -> 
     functions = BlockFunctions(expert.math)
     if compiled:  # what a compiler would make computes the same
         functions.compiled = True
-        functions._compiled = {name: getattr(expert.math, name) for name in ("project", "keys_into", "query", "modulated", "finish")}
+        functions._compiled = {name: getattr(expert.math, name) for name in ("project", "keys_into", "query", "finish")}
     crew = crew_of(cpu_workers(2), timed=False)
     for share in crew.shares:
         share.multiply_few_bits = fixed

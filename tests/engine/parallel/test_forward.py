@@ -133,6 +133,35 @@ def test_the_call_is_diffusers_own(kind: Callable[[str], Kind]) -> None:
     assert all(torch.equal(given[name], tensor) for name, tensor in before.items()), "inputs stay as they are"
 
 
+@pytest.mark.parametrize(("range_tokens", "ranges"), [(0, 1), (20, 3)])
+def test_keys_and_values_may_travel_before_the_last_queries_are_made(kind: Callable[[str], Kind], range_tokens: int, ranges: int) -> None:
+    """Not before all of them are made, though."""
+    _, expert, _ = kind("14b")
+    order: list[str] = []
+
+    class Marking(Worker):
+        def mark(self):
+            order.append("mark")
+            return super().mark()
+
+    class Telling(BlockFunctions):
+        def keys_into(self, *arguments):
+            order.append("keys")
+            return super().keys_into(*arguments)
+
+        def query(self, *arguments):
+            order.append("query")
+            return super().query(*arguments)
+
+    crew = crew_of([Marking(0, CPU), Worker(1, CPU)], range_tokens=range_tokens)
+    functions = Telling(expert.math)
+    ParallelForward(expert, crew, functions)(**inputs(), return_dict=False)
+    own = ["keys", "query"] * (ranges - 1) + ["keys", "mark", "query"]
+    other = ["keys", "query"] * ranges
+    first = order.index("keys")
+    assert order[first : first + len(own) + len(other)] == own + other
+
+
 # ---- shares that follow what is measured
 
 
