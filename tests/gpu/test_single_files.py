@@ -97,8 +97,12 @@ def test_a_file_computes_the_same_as_on_the_cpu(tiny_single_files: Path, lora: L
 
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.int8], ids=str)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_products_of_few_bits(make_checkpoint: Callable[..., Path], storage: torch.dtype, compiled: bool) -> None:
-    """The GPU's own products against widened ones: as far apart as rounding activations makes them, and not equal."""
+@pytest.mark.parametrize("count", [1, 2])
+def test_products_of_few_bits(make_checkpoint: Callable[..., Path], storage: torch.dtype, compiled: bool, count: int) -> None:
+    """The GPU's own products against widened ones: as far apart as rounding activations makes them, and not equal.
+
+    Alone, a worker makes queries, keys and values in one product; of several, each makes the queries by themselves.
+    """
     from wan_sharded.engine.checkpoints.diffusers_folder import open_diffusers_folder
     from wan_sharded.engine.parallel.functions import can_compile
     from wan_sharded.engine.probe import multiplies_few_bits
@@ -113,9 +117,10 @@ def test_products_of_few_bits(make_checkpoint: Callable[..., Path], storage: tor
         expert = Expert("high noise expert", files, Precision(torch.bfloat16, storage))
         for part in expert.parts:
             expert.bring(part, GPU, GPU)
+        torch.cuda.synchronize()
         functions = BlockFunctions(expert.math)
-        worker = Worker(0, GPU)
-        crew = Crew([Share(worker, 1.0, multiply_few_bits=multiply)], worker)
+        workers = [Worker(0, GPU), *(Worker(number, GPU, new_stream(GPU)) for number in range(1, count))]
+        crew = Crew([Share(worker, 1.0, multiply_few_bits=multiply) for worker in workers], workers[0])
         forward = ParallelForward(expert, crew, functions, forwards_left=lambda: 10**9 if compiled else 0)
         if compiled:
             functions.compile()
