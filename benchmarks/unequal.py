@@ -30,8 +30,9 @@ def measure(expert, inputs, workers: list[Worker], repeats: int, *, equal: bool 
         forward._learn = lambda states: [setattr(state.worker, "is_timed", True) for state in states]
     settled(forward, inputs[0])  # calibrates, compiles, corrects the shares
     seconds, _, outputs = timed_forward(forward, inputs, repeats)
+    busy = "/".join(f"{t.seconds * 1e3:.1f}" for t in forward.timings)
     words = "equal shares" if equal else "tokens " + "/".join(str(t.tokens) for t in forward.timings)
-    return seconds, outputs, words
+    return seconds, outputs, f"{words}, busy {busy} ms a block"
 
 
 def main() -> None:

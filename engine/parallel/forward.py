@@ -1,8 +1,8 @@
 """One expert computed by a crew: a drop-in for calling a ``WanTransformer3DModel``.
 
 Every worker computes every block on its share of the tokens; weights come from wherever they live, one block ahead. This file joins the
-pieces, and keeps the shares right: the first blocks of the first forward are timed before it begins, later forwards are corrected by
-the ones before them.
+pieces, and keeps the shares right: some blocks of the first forward are timed before it begins, later forwards are corrected by the ones
+before them.
 """
 
 import logging
@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 # Blocks whose work is timed: the first ones to share the tokens out, later every so many to keep the shares right.
 CALIBRATION_BLOCKS = 2
 TIMED_EVERY = 5
+# Where blocks are short, as many as take so long are timed: compiling and allocating keep GPUs from being busy together at first, and
+# those that waited are faster for a moment.
+CALIBRATION_SECONDS = 1.0
+# Nothing is lost by other shares before the first forward, so less must be gained by them than later.
+CALIBRATED_GAIN = 0.02
 # How far from widening a weight its product in few bits may be, relative to what the blocks add: about as far as rounding the weights to
 # that type moves the output (benchmarks/precision.py).
 FEW_BITS_ERROR = {torch.float8_e4m3fn: 0.05, torch.int8: 0.02}
@@ -178,16 +183,20 @@ class ParallelForward:
         return pays_off(seconds, self._forwards_left(), len({worker.device for worker in self._crew.workers}))
 
     def _time_blocks(self, given: list[torch.Tensor | None]) -> None:
-        """Compute the first blocks for nothing but the last one's times."""
+        """Compute the first blocks for nothing but their times."""
         self._crew.measured.forget()
         self._learn(self._first_blocks(given)[0])
+        affordable = int(CALIBRATION_SECONDS / max(1e-9, *(timing.seconds for timing in self.timings)))
+        if (count := min(affordable, self._block_count)) > CALIBRATION_BLOCKS:
+            self._crew.measured.forget()
+            self._learn(self._first_blocks(given, count)[0], CALIBRATED_GAIN)
 
-    def _first_blocks(self, given: list[torch.Tensor | None]) -> tuple[list[State], list[torch.Tensor]]:
-        """Compute the first blocks, the last of them timed; the states, and what the blocks added to some of each worker's tokens."""
-        blocks = range(min(CALIBRATION_BLOCKS, self._block_count))
+    def _first_blocks(self, given: list[torch.Tensor | None], count: int = CALIBRATION_BLOCKS) -> tuple[list[State], list[torch.Tensor]]:
+        """Compute the first blocks, the later half of them timed; the states, and what the blocks added to some of each worker's tokens."""
+        blocks = range(min(count, self._block_count))
         states = self._ends.hand_out(given)
         before = [_some_tokens(state) for state in states]
-        self._blocks.run(states, blocks, timed=blocks[-1:])
+        self._blocks.run(states, blocks, timed=blocks[len(blocks) // 2 :])
         added = [_some_tokens(state) - entered for state, entered in zip(states, before, strict=True)]
         self._crew.settle()
         for state in states:
@@ -275,8 +284,8 @@ class ParallelForward:
         if states:
             self._learn(states)
 
-    def _learn(self, states: list[State]) -> None:
-        """Correct the speeds from what was timed; the next forward shares out by them."""
+    def _learn(self, states: list[State], gain: float | None = None) -> None:
+        """Correct the speeds from what was timed, if that gains so much, or enough after so many forwards; the next one shares out by them."""
         self.timings = [Timing(state.count, busy_seconds(state.timed)) for state in states]
         self._timed = [state.worker for state in states]
         for state in states:
@@ -287,7 +296,8 @@ class ParallelForward:
             return
         measured, tokens = self._crew.measured, [timing.tokens for timing in self.timings]
         measured.add(tokens, [timing.seconds for timing in self.timings])
-        gain = measured.worthwhile_gain(max(measured.usual) * self._block_count)
+        if gain is None:
+            gain = measured.worthwhile_gain(max(measured.usual) * self._block_count)
         speeds = better_speeds(tokens, measured.usual, [share.most for share in shares], gain)
         for share, speed in zip(shares, speeds or (), strict=False):
             share.speed = speed

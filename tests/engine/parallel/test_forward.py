@@ -229,6 +229,25 @@ def test_the_first_forward_is_shared_out_by_measured_speeds(monkeypatch, kind: C
     assert timings[0].seconds == pytest.approx(2 * 79 / 300) and timings[1].seconds == pytest.approx(2 * 26 / 100)
 
 
+@pytest.mark.parametrize(("speed", "tokens"), [(3000.0, [52, 53]), (2800.0, [54, 51])])
+def test_where_blocks_are_short_what_was_odd_at_first_does_not_count(
+    monkeypatch, kind: Callable[[str], Kind], speed: float, tokens: list[int]
+) -> None:
+    """Nor is a small difference left for later forwards to find."""
+    _, expert, _ = kind("14b")
+
+    class Warming(Clock):
+        ticks = 0
+
+        def tick(self, tokens: int) -> None:
+            self.ticks += self.computing == 1
+            super().tick(tokens * 2 if self.computing == 1 and self.ticks <= 2 * CALIBRATION_BLOCKS else tokens)
+
+    forward = clocked(monkeypatch, expert, [1.0, 1.0], Warming(3000.0, speed), timed=False)
+    forward(**inputs())
+    assert list(tokens_of(forward).values()) == tokens
+
+
 def test_a_worker_whose_speed_changes_gets_another_share(monkeypatch, kind: Callable[[str], Kind]) -> None:
     theirs, expert, _ = kind("14b")
     clock = Clock(100.0, 100.0)
@@ -321,6 +340,7 @@ def test_cancelling_is_asked_before_every_block(kind: Callable[[str], Kind]) -> 
     asked: list[int] = []
     forward = forward_of(expert, crew_of(cpu_workers(2), timed=False), check_cancelled=lambda: asked.append(1))
     forward(**inputs())
-    assert len(asked) == CALIBRATION_BLOCKS + 3
+    all_blocks = 3  # which are so short that all of them are timed, too
+    assert len(asked) == CALIBRATION_BLOCKS + 2 * all_blocks
     forward(**inputs())
-    assert len(asked) == CALIBRATION_BLOCKS + 6, "speeds are known now"
+    assert len(asked) == CALIBRATION_BLOCKS + 3 * all_blocks, "speeds are known now"
