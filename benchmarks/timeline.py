@@ -83,11 +83,19 @@ def where_time_goes(trace: dict[str, Any], blocks: int) -> dict[int, dict[str, A
             "kinds": {kind: micro / 1e3 / blocks for kind, micro in kinds.most_common()},
             "gaps": {kind: micro / 1e3 / blocks for kind, micro in gaps.most_common()},
             "kernels": len(events) / blocks,
+            "attention": attention_calls(events, blocks),
             "largest": Counter({e["name"][:60]: 0 for e in events}),
         }
         for event in events:
             found[device]["largest"][event["name"][:60]] += event["dur"] / 1e3 / blocks
     return found
+
+
+def attention_calls(events: list[dict[str, Any]], blocks: int) -> list[float]:
+    """Median milliseconds of a block's first call of attention, of its second, and so on; nothing where blocks differ in their calls."""
+    calls = [event["dur"] / 1e3 for event in events if kind_of(event["name"]) == "attention"]
+    per_block, rest = divmod(len(calls), blocks)
+    return [] if rest else [median(calls[number::per_block]) for number in range(per_block)]
 
 
 def profiled(call, given: dict) -> dict[str, Any]:
@@ -141,6 +149,7 @@ def measure(expert, gpus: int, size: str, layers: int, repeats: int, kernels: in
         gaps = {f"before {kind}": value for kind, value in found["gaps"].items()}
         computing.note = (
             f"ms a block: {found['span']:.2f} in all; {in_words(found['kinds'])}; "
+            f"attention call by call {'/'.join(f'{call:.2f}' for call in found['attention'])}; "
             f"nothing to run {sum(gaps.values()):.2f} ({in_words(gaps)}); {found['kernels']:.0f} kernels"
         )
         rows.append(computing)
