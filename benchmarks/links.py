@@ -17,7 +17,7 @@ from statistics import median
 from unittest import mock
 
 import torch
-from parallel import ROOT, place
+from parallel import ROOT, keep_shares, place
 from random_expert import random_expert, random_inputs
 from record import Row, record
 from wan_sharded.engine.parallel import blocks as blocks_module
@@ -60,7 +60,7 @@ def block_seconds(expert, inputs: list[dict], devices: list[torch.device], stage
     workers = [Worker(index, device) for index, device in enumerate(devices)]
     crew = Crew([Share(worker, 1.0, range_tokens=1 << 30) for worker in workers], workers[0], staged=staged)
     forward = ParallelForward(expert, crew, BlockFunctions(expert.math), forwards_left=lambda: 10**6)
-    forward._learn = lambda states: [setattr(state.worker, "is_timed", True) for state in states]
+    keep_shares(forward, workers)
     forward._functions.compile()
     seconds = []
     with torch.inference_mode():

@@ -74,6 +74,13 @@ def settled(forward: ParallelForward, given: dict) -> list[int]:
     return tokens[-1]
 
 
+def keep_shares(forward: ParallelForward, workers: list[Worker]) -> None:
+    """Have forwards neither calibrate nor change shares."""
+    for worker in workers:
+        worker.is_timed = True
+    forward._crew.measured.worthwhile_gain = lambda forward_seconds: 1.0  # nothing gains all of it
+
+
 def relative(ours: list[torch.Tensor], theirs: list[torch.Tensor] | None) -> float | None:
     if not theirs:
         return None

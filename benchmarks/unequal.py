@@ -12,7 +12,7 @@ import os
 import sys
 
 import torch
-from parallel import ROOT, clean, place, relative, settled, timed_forward
+from parallel import ROOT, clean, keep_shares, place, relative, settled, timed_forward
 from random_expert import random_expert, random_inputs
 from record import Row, record
 from wan_sharded.engine.parallel.crew import Crew, Share
@@ -26,11 +26,11 @@ def measure(expert, inputs, workers: list[Worker], repeats: int, *, equal: bool 
     crew = Crew([Share(worker, 1.0, range_tokens=1 << 30) for worker in workers], workers[0], staged=staged)
     forward = ParallelForward(expert, crew, BlockFunctions(expert.math), forwards_left=lambda: 10**6)
     if equal:
-        forward._functions.compile()  # nothing is learned here that it would be decided by
-        forward._learn = lambda states: [setattr(state.worker, "is_timed", True) for state in states]
+        forward._functions.compile()  # nothing is calibrated here that it would be decided by
+        keep_shares(forward, workers)
     settled(forward, inputs[0])  # calibrates, compiles, corrects the shares
     seconds, _, outputs = timed_forward(forward, inputs, repeats)
-    busy = "/".join(f"{t.seconds * 1e3:.1f}" for t in forward.timings)
+    busy = "/".join(f"{timing.seconds * 1e3:.1f}" for timing in forward.latest_timings().values())
     words = "equal shares" if equal else "tokens " + "/".join(str(t.tokens) for t in forward.timings)
     return seconds, outputs, f"{words}, busy {busy} ms a block"
 

@@ -6,7 +6,7 @@ what is told to the devices; the host only waits so as not to queue too far ahea
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
 
@@ -37,8 +37,8 @@ class BlockLoop:
     def run(
         self,
         states: list[State],
-        blocks: range,
-        timed: Sequence[int],
+        blocks: Iterable[int],
+        timed: Container[int],
         block_done: Callable[[int, Sequence[Mark]], None] = lambda block, marks: None,
     ) -> None:
         """Compute some blocks, in order.

@@ -54,11 +54,13 @@ class Ends:
             with crew.main.computing():
                 own = tokens[:, span].clone(memory_format=torch.contiguous_format)  # it is written to
             sent = self._sent_to(worker, [own, *self._inputs_for(span, shared, rotary)], kept, marks)
-            states.append(State(share, span, sent[0], Inputs(*sent[1:]), fetcher, attended=worker.mark()))
+            states.append(State(share, span, sent[0], Inputs(*sent[1:]), fetcher))
         # What was sent from may go once the main worker knows it has arrived.
         crew.main.wait(*marks)
         kept.clear()
         self._prepare_exchange(states, tokens)
+        for state in states:  # others write to its room for keys and values, which may stand where something was sent from
+            state.attended = state.worker.mark()
         return states
 
     @staticmethod

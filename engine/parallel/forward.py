@@ -6,7 +6,8 @@ before them.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 # Blocks whose work is timed: the first ones to share the tokens out, later every so many to keep the shares right.
 CALIBRATION_BLOCKS = 2
 TIMED_EVERY = 5
-# Where blocks are short, as many as take so long are timed: compiling and allocating keep GPUs from being busy together at first, and
-# those that waited are faster for a moment.
+# Where blocks are short, more of them, for so long: compiling and allocating keep GPUs from being busy together at first, and those that
+# waited are faster for a moment.
 CALIBRATION_SECONDS = 1.0
 # Nothing is lost by other shares before the first forward, so less must be gained by them than later.
 CALIBRATED_GAIN = 0.02
@@ -163,9 +164,15 @@ class ParallelForward:
 
     def _calibrate(self, given: list[torch.Tensor | None]) -> None:
         """Time the first blocks and share the tokens out by that; once more if they are compiled now."""
-        self._time_blocks(given)
-        if self._consider_compiling() or self._functions.compiled:
+        try:
             self._time_blocks(given)
+            if self._consider_compiling() or self._functions.compiled:
+                self._time_blocks(given)
+            self._time_more_blocks(given)
+        except BaseException:
+            for worker in self._crew.workers:  # the next forward begins with it again
+                worker.is_timed = False
+            raise
 
     def _consider_compiling(self) -> bool:
         """Compile from here on if that pays by what was timed; whether it is so now."""
@@ -183,23 +190,27 @@ class ParallelForward:
         return pays_off(seconds, self._forwards_left(), len({worker.device for worker in self._crew.workers}))
 
     def _time_blocks(self, given: list[torch.Tensor | None]) -> None:
-        """Compute the first blocks for nothing but their times."""
+        """Compute the first blocks for nothing but the last one's times."""
         self._crew.measured.forget()
         self._learn(self._first_blocks(given)[0])
-        affordable = int(CALIBRATION_SECONDS / max(1e-9, *(timing.seconds for timing in self.timings)))
-        if (count := min(affordable, self._block_count)) > CALIBRATION_BLOCKS:
-            self._crew.measured.forget()
-            self._learn(self._first_blocks(given, count)[0], CALIBRATED_GAIN)
 
-    def _first_blocks(self, given: list[torch.Tensor | None], count: int = CALIBRATION_BLOCKS) -> tuple[list[State], list[torch.Tensor]]:
-        """Compute the first blocks, the later half of them timed; the states, and what the blocks added to some of each worker's tokens."""
-        blocks = range(min(count, self._block_count))
+    def _time_more_blocks(self, given: list[torch.Tensor | None]) -> None:
+        """The same for as many blocks as a second allows, where they are short and say how to share out."""
+        affordable = int(CALIBRATION_SECONDS / max(1e-9, *(timing.seconds for timing in self.timings)))
+        if len(self.timings) == len(self._crew.shares) > 1 and affordable > CALIBRATION_BLOCKS:
+            self._crew.measured.forget()
+            self._learn(self._first_blocks(given, affordable)[0], CALIBRATED_GAIN)
+
+    def _first_blocks(self, given: list[torch.Tensor | None], most: int = CALIBRATION_BLOCKS) -> tuple[list[State], list[torch.Tensor]]:
+        """Compute the first blocks; the states, with times of the later half, and what the blocks added to some of each worker's tokens."""
+        count = min(most, self._block_count)
         states = self._ends.hand_out(given)
         before = [_some_tokens(state) for state in states]
-        self._blocks.run(states, blocks, timed=blocks[len(blocks) // 2 :])
+        self._blocks.run(states, _while_time_lasts(range(count)), timed=range(count))
         added = [_some_tokens(state) - entered for state, entered in zip(states, before, strict=True)]
         self._crew.settle()
         for state in states:
+            state.timed = state.timed[len(state.timed) // 2 :]
             state.forget_tensors()
         return states, added
 
@@ -265,6 +276,7 @@ class ParallelForward:
                 better.append(one.share)
         self._set_few_bits(better, True)
         self._time_blocks(given)
+        self._time_more_blocks(given)
 
     def _forget_few_bits(self, shares: Sequence[Share]) -> None:
         self._set_few_bits(shares, False)
@@ -301,6 +313,15 @@ class ParallelForward:
         speeds = better_speeds(tokens, measured.usual, [share.most for share in shares], gain)
         for share, speed in zip(shares, speeds or (), strict=False):
             share.speed = speed
+
+
+def _while_time_lasts(blocks: Sequence[int]) -> Iterator[int]:
+    """The first few, and more until their second is over: beside what is computed, weights and keys may take long to come."""
+    ends = time.perf_counter() + CALIBRATION_SECONDS
+    for number, block in enumerate(blocks):
+        if number >= CALIBRATION_BLOCKS and time.perf_counter() > ends:
+            return
+        yield block
 
 
 def _some_tokens(state: State) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """A Wan block's arithmetic as plain functions of tensors and weights. Knows no devices, no modules, no weights' homes.
 
 Everything in a block but the softmax of self-attention works token by token. So a block is two halves with the attention
-between them: :meth:`BlockMath.project` for any of the tokens (or :meth:`BlockMath.keys_into`, then :meth:`BlockMath.query`), attention of
-those tokens over everybody's keys and values, and :meth:`BlockMath.finish` for the same tokens. Which tokens, on which device, compiled or not, is the caller's business.
+between them: :meth:`BlockMath.project` for any of the tokens (or :meth:`BlockMath.keys_into`, then :meth:`BlockMath.query`),
+attention of those tokens over everybody's keys and values, and :meth:`BlockMath.finish` for the same tokens. Which tokens, on
+which device, compiled or not, is the caller's business.
 
 Weights come as a mapping of names inside the block ("attn1.to_q.weight") to tensors, so that they may live in a buffer that
 holds another block a moment later, and so that one compiled function serves all blocks. Beside a layer's "weight" and "bias" there may be

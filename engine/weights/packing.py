@@ -4,8 +4,9 @@ Knows names, shapes and bytes; not files, homes or devices' budgets.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,10 +60,12 @@ class Layout:
         for whole, names in together:
             members = [specs[name] for name in names if name in specs]
             if len(members) == len(names) and _stack(members) and not any(f"{name}.gguf" in self.kinds for name in names):
-                if names[0] not in self._pieces:
+                if not any(name in self._pieces for name in names):
                     self._align()
                     for name, spec in zip(names, members, strict=True):
                         self._add(name, spec, align=False)
+                if not self._lie_together(names):
+                    continue
                 begin = self._pieces[names[0]].offset
                 shape = (sum(spec.shape[0] for spec in members), *members[0].shape[1:])
                 self._wholes[whole] = _Piece(begin, Spec(shape, members[0].dtype))
@@ -70,6 +73,11 @@ class Layout:
             if name not in self._pieces:
                 self._add(name, spec, align=True)
         self._align()
+
+    def _lie_together(self, names: Sequence[str]) -> bool:
+        """One behind the other, as members of a longer group do, too."""
+        pieces = [self._pieces.get(name) for name in names]
+        return all(a and b and a.offset + a.spec.size_bytes == b.offset for a, b in pairwise(pieces))
 
     def _align(self) -> int:
         self.total_bytes = -(-self.total_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -170,6 +170,7 @@ class TensorReader:
             for pool in self._pools:
                 pool.shutdown()
             self._pools = None
+        self._at_work.clear()
         while self._opened:
             self._opened.pop().close()
         while not self._buffers.empty():
@@ -250,14 +251,14 @@ class TensorReader:
             self._pools = readers, sender
         readers, sender = self._pools
         stream = None if piece.device == CPU else torch.cuda.current_stream(piece.device)
-        reading.add(piece.size_bytes)
         errand, name = _Errand(piece, reading, stream), object()
-        with self._taking:
-            errands.append(errand)
-            if len(self._at_work) >= THREADS:
-                return
-            self._at_work.add(name)
+        reading.add(piece.size_bytes)
         try:
+            with self._taking:
+                errands.append(errand)
+                if len(self._at_work) >= THREADS:
+                    return
+                self._at_work.add(name)
             readers.submit(self._work, name, sender)
         except BaseException:
             with self._taking:

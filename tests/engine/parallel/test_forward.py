@@ -4,16 +4,13 @@ The workers are all the CPU; what several devices add is in test_fetching.py and
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from crews import CPU, cpu_workers, crew_of, expert_of, inputs, on_cpu, poison, relative, saved_model
 from diffusers import WanTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from wan_sharded.engine.parallel import workers as workers_module
 from wan_sharded.engine.parallel.crew import Crew
 from wan_sharded.engine.parallel.forward import CALIBRATION_BLOCKS, ParallelForward
 from wan_sharded.engine.parallel.functions import BlockFunctions
@@ -162,150 +159,6 @@ def test_keys_and_values_may_travel_before_the_last_queries_are_made(kind: Calla
     assert order[first : first + len(own) + len(other)] == own + other
 
 
-# ---- shares that follow what is measured
-
-
-class Clock:
-    """A worker's time passes only while it computes, by its tokens and its real speed (tokens per second)."""
-
-    def __init__(self, *speeds: float):
-        self.speeds = list(speeds)
-        self.now = 0.0
-        self.computing: int | None = None
-
-    def tick(self, tokens: int) -> None:
-        assert self.computing is not None
-        self.now += tokens / self.speeds[self.computing]
-
-
-class ClockedWorker(Worker):
-    clock: Clock
-
-    @contextmanager
-    def computing(self):
-        before, self.clock.computing = self.clock.computing, self.index
-        with super().computing():
-            yield
-        self.clock.computing = before
-
-
-class ClockedFunctions(BlockFunctions):
-    clock: Clock
-
-    def keys_into(self, weights, x, *rest):
-        self.clock.tick(x.shape[1])
-        return super().keys_into(weights, x, *rest)
-
-    def finish(self, weights, x, *rest):
-        self.clock.tick(x.shape[1])
-        return super().finish(weights, x, *rest)
-
-
-class ClockedCrew(Crew):
-    """Whose copies take much longer than its computing."""
-
-    def link(self, *args, **kwargs):
-        self.workers[0].clock.now += 1000.0
-        return super().link(*args, **kwargs)
-
-
-def clocked(monkeypatch: pytest.MonkeyPatch, expert: Expert, guesses: list[float], clock: Clock, *, timed: bool) -> ParallelForward:
-    monkeypatch.setattr(workers_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(ClockedWorker, "clock", clock, raising=False)
-    monkeypatch.setattr(ClockedFunctions, "clock", clock, raising=False)
-    team = [ClockedWorker(index, CPU) for index in range(len(guesses))]
-    plain = crew_of(team, guesses, range_tokens=20, timed=timed)
-    return ParallelForward(expert, ClockedCrew(plain.shares, plain.main), ClockedFunctions(expert.math))
-
-
-def test_the_first_forward_is_shared_out_by_measured_speeds(monkeypatch, kind: Callable[[str], Kind]) -> None:
-    theirs, expert, _ = kind("14b")
-    forward = clocked(monkeypatch, expert, [1.0, 1.0], Clock(300.0, 100.0), timed=False)
-    got = forward(**inputs(), return_dict=False)[0]
-    assert relative(got, theirs(**inputs()).sample) < 1e-5
-    timings = forward.latest_timings()
-    assert {index: timing.tokens for index, timing in timings.items()} == {0: 79, 1: 26}
-    # Two passes over its tokens in each block; waiting for the other's keys and values left out.
-    assert timings[0].seconds == pytest.approx(2 * 79 / 300) and timings[1].seconds == pytest.approx(2 * 26 / 100)
-
-
-@pytest.mark.parametrize(("speed", "tokens"), [(3000.0, [52, 53]), (2800.0, [54, 51])])
-def test_where_blocks_are_short_what_was_odd_at_first_does_not_count(
-    monkeypatch, kind: Callable[[str], Kind], speed: float, tokens: list[int]
-) -> None:
-    """Nor is a small difference left for later forwards to find."""
-    _, expert, _ = kind("14b")
-
-    class Warming(Clock):
-        ticks = 0
-
-        def tick(self, tokens: int) -> None:
-            self.ticks += self.computing == 1
-            super().tick(tokens * 2 if self.computing == 1 and self.ticks <= 2 * CALIBRATION_BLOCKS else tokens)
-
-    forward = clocked(monkeypatch, expert, [1.0, 1.0], Warming(3000.0, speed), timed=False)
-    forward(**inputs())
-    assert list(tokens_of(forward).values()) == tokens
-
-
-def test_a_worker_whose_speed_changes_gets_another_share(monkeypatch, kind: Callable[[str], Kind]) -> None:
-    theirs, expert, _ = kind("14b")
-    clock = Clock(100.0, 100.0)
-    forward = clocked(monkeypatch, expert, [1.0, 1.0], clock, timed=True)
-    expected = theirs(**inputs()).sample
-
-    def tokens_of_the_next() -> list[int]:
-        assert relative(forward(**inputs()).sample, expected) < 1e-5
-        return list(tokens_of(forward).values())
-
-    assert tokens_of_the_next() == [52, 53]
-    clock.speeds = [100.0, 400.0]  # noticed during this forward, used in the one after it
-    assert tokens_of_the_next() == [52, 53]
-    assert tokens_of_the_next() == [21, 84]
-    clock.speeds = [100.0, 401.0]
-    assert tokens_of_the_next() == tokens_of_the_next() == [21, 84], "what would be gained is not worth a change"
-    forward._crew.shares[1].most = 0.6
-    assert tokens_of_the_next() == [42, 63], "its memory was planned for no more"
-
-
-def test_shares_settle(monkeypatch, kind: Callable[[str], Kind]) -> None:
-    """Forwards that vary leave them alone; a small difference moves them once it has been there for some forwards."""
-    _, expert, _ = kind("14b")
-    clock = Clock(100.0, 100.0)
-    forward = clocked(monkeypatch, expert, [1.0, 1.0], clock, timed=True)
-
-    def tokens_of_the_next(*speeds: float) -> list[int]:
-        clock.speeds = list(speeds)
-        forward(**inputs())
-        return list(tokens_of(forward).values())
-
-    for number in range(8):
-        assert tokens_of_the_next(100.0, 100.0 if number % 2 else 97.0) == [52, 53], "by turns"
-    assert tokens_of_the_next(100.0, 80.0) == tokens_of_the_next(100.0, 100.0) == [52, 53], "an odd one"
-    forward._crew.measured.forget()
-    found = [tokens_of_the_next(100.0, 93.0) for _ in range(8)]
-    assert found == [[52, 53]] * 4 + [[54, 51]] * 4
-
-
-def test_what_was_timed_before_a_calibration_does_not_count(monkeypatch, kind: Callable[[str], Kind]) -> None:
-    _, expert, _ = kind("14b")
-    forward = clocked(monkeypatch, expert, [1.0, 1.0], Clock(100.0, 100.0), timed=False)
-    for _ in range(5):
-        forward._crew.measured.add([52, 53], [9.0, 1.0])
-    forward(**inputs())
-    assert list(tokens_of(forward).values()) == [52, 53]
-
-
-def test_nothing_is_learnt_while_some_have_nothing_to_do(monkeypatch, kind: Callable[[str], Kind]) -> None:
-    """Measured and guessed speeds are in different units."""
-    _, expert, _ = kind("14b")
-    forward = clocked(monkeypatch, expert, [1.0, 1.0, 1.0], Clock(100.0, 100.0, 400.0), timed=True)
-    forward(**inputs(frames=1, size=(2, 4)))
-    assert tokens_of(forward) == {0: 1, 2: 1}
-    forward(**inputs())
-    assert tokens_of(forward) == {0: 35, 1: 35, 2: 35}
-
-
 # ---- stopping in the middle
 
 
@@ -313,9 +166,9 @@ class Stopped(BaseException):
     """As ComfyUI's interrupt."""
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 6, 8])
 def test_a_forward_that_is_cancelled_leaves_nothing_behind(kind: Callable[[str], Kind], stop_at: int) -> None:
-    """While the first blocks are timed (1, 2), and in the forward itself."""
+    """While the first blocks are timed (1, 2), then all of them (3 to 5), and in the forward itself."""
     theirs, expert, _ = kind("14b")
     asked = 0
 
@@ -330,6 +183,8 @@ def test_a_forward_that_is_cancelled_leaves_nothing_behind(kind: Callable[[str],
     with pytest.raises(Stopped):
         forward(**inputs(seed=1))
     assert asked == stop_at, "nothing was computed after it"
+    in_the_forward = CALIBRATION_BLOCKS + 3  # which have all three blocks timed
+    assert all(worker.is_timed == (stop_at > in_the_forward) for worker in crew.workers), "what was half done is begun anew"
     poison(crew)
     for seed in (2, 3):
         assert relative(forward(**inputs(seed=seed)).sample, theirs(**inputs(seed=seed)).sample) < 1e-5

@@ -199,6 +199,24 @@ def test_a_span_is_where_a_tensor_stands() -> None:
     assert torch.equal(layout.view(flat, "odd"), tensors["odd"])
 
 
+@pytest.mark.parametrize(
+    ("parts", "there"), [(("b", "c"), True), (("a", "b", "c"), True), (("c", "b"), False), (("a", "c"), False), (("c", "d"), False)]
+)
+def test_a_group_may_be_part_of_one_before_it(parts: tuple[str, ...], there: bool) -> None:
+    """Where its members lie one behind the other; else there is no whole of it, and all else is as before."""
+    tensors = {name: torch.full((rows, 3), float(rows)) for rows, name in enumerate("abcd", 1)}
+    specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
+    layout = Layout(specs, [("all", ("a", "b", "c")), ("part", parts)])
+    flat = torch.zeros(layout.total_bytes, dtype=torch.uint8)
+    layout.fill(flat, tensors)
+    bound = layout.bind(flat)
+    assert torch.equal(bound["all"], torch.cat([tensors[name] for name in "abc"]))
+    assert all(torch.equal(bound[name], tensor) for name, tensor in tensors.items())
+    assert ("part" in bound) == there
+    if there:
+        assert torch.equal(bound["part"], torch.cat([tensors[name] for name in parts]))
+
+
 # ---- a real block
 
 
@@ -215,6 +233,7 @@ def test_all_blocks_of_an_expert_lie_alike(tiny_checkpoint: Path, precision: Pre
         weights, plain = expert.block_weights(part), loose.block_weights(part)
         for name, tensor in plain.items():
             assert torch.equal(weights[name], tensor), name
+        assert ("attn1.to_k", "attn1.to_v") in FUSED, "where several compute, queries are made by themselves"
         for names in FUSED:
             for kind in ("weight", "bias", *(["weight_scale"] if precision.quantized else [])):
                 whole = weights[f"{fused_name(names)}.{kind}"]

@@ -300,9 +300,11 @@ def test_an_error_keeps_no_memory(reader: TensorReader, tmp_path: Path, before_r
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("which", ["wan-sharded-reader", "wan-sharded-sender"])
+@pytest.mark.parametrize("threads", [1, reading.THREADS])
 def test_where_no_thread_can_be_had_it_says_so(
-    reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, closed: bool
+    reader: TensorReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, which: str, closed: bool
 ) -> None:
+    monkeypatch.setattr(reading, "THREADS", threads)
     stored, targets, content = parts_of_one_file(tmp_path / "a", 1)
 
     start = threading.Thread.start
@@ -318,6 +320,34 @@ def test_where_no_thread_can_be_had_it_says_so(
             reader.read_into([(stored[0], targets[0])])
     if closed:
         reader.close()
+    reader.read_into([(stored[0], targets[0])])
+    assert torch.equal(targets[0], content[: 4 * PIECE])
+
+
+@pytest.mark.timeout(60)
+def test_where_no_second_thread_can_be_had_it_says_so(
+    reader: TensorReader, tmp_path: Path, before_reading: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first thread has meanwhile read what the second was wanted for."""
+    monkeypatch.setattr(reading, "THREADS", 2)
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 1)
+    wanted, started, start = threading.Event(), [], threading.Thread.start
+    before_reading(lambda offset: wanted.wait(30) and None)
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith("wan-sharded-reader"):
+            started.append(thread)
+            if len(started) > 1:
+                wanted.set()
+                while reader._errands:
+                    time.sleep(0.001)
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            reader.read_into([(stored[0], targets[0])])
     reader.read_into([(stored[0], targets[0])])
     assert torch.equal(targets[0], content[: 4 * PIECE])
 
