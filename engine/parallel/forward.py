@@ -29,8 +29,7 @@ logger = logging.getLogger(__name__)
 # Blocks whose work is timed: the first ones to share the tokens out, later every so many to keep the shares right.
 CALIBRATION_BLOCKS = 2
 TIMED_EVERY = 5
-# Where blocks are short, more of them, for so long: compiling and allocating keep GPUs from being busy together at first, and those that
-# waited are faster for a moment.
+# Where blocks are short, more of them, for so long: while some are compiled for and allocate, the others wait, and one block says too little.
 CALIBRATION_SECONDS = 1.0
 # Nothing is lost by other shares before the first forward, so less must be gained by them than later.
 CALIBRATED_GAIN = 0.02

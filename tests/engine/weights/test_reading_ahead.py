@@ -9,10 +9,12 @@ import random
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -302,6 +304,20 @@ def test_an_error_keeps_no_memory(reader: TensorReader, tmp_path: Path, before_r
         gc.enable()
 
 
+@contextmanager
+def no_thread(refused: Callable[[threading.Thread], bool]) -> Iterator[None]:
+    """Inside, the system has none for those that this is true of."""
+    start = threading.Thread.start
+
+    def started(thread: threading.Thread) -> None:
+        if refused(thread):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with mock.patch.object(threading.Thread, "start", started):
+        yield
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("which", ["wan-sharded-reader", "wan-sharded-sender"])
@@ -311,18 +327,8 @@ def test_where_no_thread_can_be_had_it_says_so(
 ) -> None:
     monkeypatch.setattr(reading, "THREADS", threads)
     stored, targets, content = parts_of_one_file(tmp_path / "a", 1)
-
-    start = threading.Thread.start
-
-    def refused(thread: threading.Thread) -> None:
-        if thread.name.startswith(which):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refused)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            reader.read_into([(stored[0], targets[0])])
+    with no_thread(lambda thread: thread.name.startswith(which)), pytest.raises(RuntimeError, match="can't start new thread"):
+        reader.read_into([(stored[0], targets[0])])
     if closed:
         reader.close()
     reader.read_into([(stored[0], targets[0])])
@@ -336,23 +342,20 @@ def test_where_no_second_thread_can_be_had_it_says_so(
     """Also where the first thread has meanwhile read what the second was wanted for."""
     monkeypatch.setattr(reading, "THREADS", 2)
     stored, targets, content = parts_of_one_file(tmp_path / "a", 1)
-    wanted, started, start = threading.Event(), [], threading.Thread.start
+    wanted, started = threading.Event(), []
     before_reading(lambda offset: wanted.wait(30) and None)
 
-    def refused(thread: threading.Thread) -> None:
-        if thread.name.startswith("wan-sharded-reader"):
-            started.append(thread)
-            if len(started) > 1:
-                wanted.set()
-                while reader._errands:
-                    time.sleep(0.001)
-                raise RuntimeError("can't start new thread")
-        start(thread)
+    def second(thread: threading.Thread) -> bool:
+        started.extend([thread] if thread.name.startswith("wan-sharded-reader") else [])
+        if len(started) < 2:
+            return False
+        wanted.set()
+        while reader._errands:
+            time.sleep(0.001)
+        return True
 
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refused)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            reader.read_into([(stored[0], targets[0])])
+    with no_thread(second), pytest.raises(RuntimeError, match="can't start new thread"):
+        reader.read_into([(stored[0], targets[0])])
     reader.read_into([(stored[0], targets[0])])
     assert torch.equal(targets[0], content[: 4 * PIECE])
 
