@@ -179,6 +179,11 @@ def is_cuda(torch_device: str) -> bool:
     return torch.device(torch_device).type == "cuda"
 
 
+def multiprocessors(torch_device: str) -> int:
+    """How many of them a GPU has; 1 for the CPU."""
+    return int(torch.cuda.get_device_properties(torch_device).multi_processor_count) if is_cuda(torch_device) else 1
+
+
 def reach_each_other(one: torch.device, other: torch.device) -> bool:
     """Whether two devices can copy to each other's memory directly; no two GeForce cards can."""
     both = is_cuda(str(one)) and is_cuda(str(other))

@@ -8,22 +8,9 @@ import torch
 from .. import probe
 from ..planning.shares import MeasuredSeconds
 from .fetching import BUFFERS, Slot
+from .groups import attention_rounds, head_groups
 from .links import Link, make_link
 from .workers import Worker
-
-# Keys and values travel and are used head group by head group: attention of the first group begins while the others arrive. Over a
-# fast link a small first group is enough to hide the way; over a slow one more groups hide more of it.
-FIRST_GROUP_SHARE = 5
-SLOW_LINK_GROUPS = 5
-
-
-def head_groups(heads: int, *, slow_links: bool) -> list[int]:
-    """Heads per group, in order; their sum is ``heads``."""
-    if slow_links:
-        count = min(SLOW_LINK_GROUPS, heads)
-        return [heads * (i + 1) // count - heads * i // count for i in range(count)]
-    first = max(1, heads // FIRST_GROUP_SHARE)
-    return [first, heads - first] if heads > first else [heads]
 
 
 @dataclass
@@ -107,6 +94,11 @@ class Crew:
             return self.staged
         devices = [worker.device for worker in self.workers]
         return any(not probe.reach_each_other(a, b) for a in devices for b in devices)
+
+    def head_groups(self, heads: int, queries: int) -> list[int]:
+        """Heads per group, for so many queries of all workers: by what each would have, so that groups stay when shares change."""
+        each, multiprocessors = -(-queries // len(self.shares)), [probe.multiprocessors(str(worker.device)) for worker in self.workers]
+        return head_groups(heads, slow_links=self.slow_links(), rounds=lambda groups: attention_rounds(groups, each, multiprocessors))
 
     def link(self, purpose: str, source: torch.device, reader: Worker, writer: Worker | None = None) -> Link:
         """The link over which a worker reads; one per purpose, so that weights don't wait for keys and values."""

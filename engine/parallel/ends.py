@@ -16,7 +16,7 @@ from ..planning.shares import share_tokens, token_ranges
 from ..transformer.lean_block import modulation_of
 from ..transformer.wan_block import rotary_tables
 from ..weights.expert import Expert
-from .crew import Crew, head_groups
+from .crew import Crew
 from .fetching import Fetcher
 from .state import Inputs, State, joined
 from .workers import Mark, Worker
@@ -107,7 +107,7 @@ class Ends:
         if len(states) == 1:
             return
         math = self._expert.math
-        groups = head_groups(math.heads, slow_links=self._crew.slow_links())
+        groups = self._crew.head_groups(math.heads, tokens.shape[0] * tokens.shape[1])
         width = tokens.shape[2] // math.heads
         rooms = self._crew.exchanges(tokens.shape[0], tokens.shape[1], groups, width, tokens.dtype)
         numbers = {id(share): number for number, share in enumerate(self._crew.shares)}

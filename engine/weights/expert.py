@@ -21,10 +21,10 @@ from . import hooks
 from .adapters import Adapters
 from .holding import NOWHERE, Holder, empty_transformer
 from .host_memory import HostPool, copy_on_host
-from .keeping import Keeper
+from .keeping import Filling, Keeper
 from .packing import Layout
 from .precision import Precision
-from .reading import Reading, TensorReader
+from .reading import TensorReader
 
 CPU = torch.device("cpu")
 # Of a part's bytes, what may be converted each time it is read: norms and tables, never a matrix.
@@ -89,7 +89,7 @@ class Expert:
         self._layouts_of: dict[tuple[str, Any], Layout] = {}
         self._fetches: list[hooks.FetchHook] = []
         # Part -> what of it may not be where it is said to be yet.
-        self._arriving: dict[str, list[Reading]] = {}
+        self._arriving: dict[str, Filling] = {}
 
     # ---- where parts are
 
@@ -200,14 +200,14 @@ class Expert:
 
     def arrived(self) -> None:
         """Wait until all that was brought is there, or in the order of its GPU's stream."""
-        self._keeper.reader.finish()
+        self._keeper.finish()
         self._arriving.clear()
 
     def drop_arriving(self) -> None:
         """Forget the parts that are not all there, and let no more arrive."""
-        self._keeper.reader.close()
-        for part, readings in self._arriving.items():
-            if any(reading.incomplete for reading in readings):
+        self._keeper.close()
+        for part, filling in self._arriving.items():
+            if filling.incomplete:
                 self.drop(part)
         self._arriving.clear()
 
@@ -263,7 +263,7 @@ class Expert:
 
     def close_files(self) -> None:
         """Let go of what reading took, once everything is at home."""
-        self._keeper.reader.close()
+        self._keeper.close()
 
     def _read(self, part: str, device: torch.device, convert_on: torch.device, *, packed: bool, later: bool) -> None:
         """Read a part from its files to a device."""
@@ -271,10 +271,10 @@ class Expert:
         layout = self._layout_with(part, adapters)
         if packed:
             flat = self._flat(layout, device)
-            arriving = self._keeper.fill(part, names, adapters, layout, flat, convert_on, later=later)
+            filling = self._keeper.fill(part, names, adapters, layout, flat, convert_on, later=later)
             self._keep(part, layout, flat)
             if later:
-                self._arriving[part] = arriving
+                self._arriving[part] = filling
         else:
             self._hold(part, self._keeper.loose(part, names, adapters, convert_on))
         self._adapted[part] = adapters
@@ -337,7 +337,7 @@ class Expert:
 
     def _keep(self, part: str, layout: Layout, flat: torch.Tensor) -> None:
         """Let a part stand in ``flat``, which holds its values."""
-        self._hold(part, {name: layout.view(flat, name) for name in layout.specs})
+        self._hold(part, layout.views(flat))
         self._unpack(part)
         self._packed[part] = Packed(layout, flat)
 

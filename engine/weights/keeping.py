@@ -4,8 +4,9 @@ Knows files, precisions and LoRAs; not where parts live.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ from .reading import Reading, TensorReader
 CPU = torch.device("cpu")
 # What is read to be converted, at most at a time; a single matrix may be more.
 BATCH_BYTES = 64 * 1024**2
+# So much of it may stand in memory until all that was begun with it has arrived: scales and the like, of a whole expert.
+WAITING_BYTES = 4 * 1024**2
 Tensors = dict[str, torch.Tensor]
 
 
@@ -53,6 +56,52 @@ class _Step:
         return sum(source.size_bytes for source in self.sources)
 
 
+@dataclass
+class Filling:
+    """A part's memory while it is filled.
+
+    Attributes:
+        readings: of files.
+        unconverted: how much of what was read is still to be converted.
+    """
+
+    readings: list[Reading] = field(default_factory=list)
+    unconverted: int = 0
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether something of it is not there, and does not come by itself."""
+        return bool(self.unconverted) or any(reading.incomplete for reading in self.readings)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Steps whose sources are read together, the ones to be converted into memory of their own."""
+
+    filling: Filling
+    steps: Sequence[_Step]
+    raws: Mapping[StoredTensor, torch.Tensor]
+    reading: Reading
+    layout: Layout
+    flat: torch.Tensor
+
+    @property
+    def is_read(self) -> bool:
+        return self.reading.is_over
+
+    @property
+    def raw_bytes(self) -> int:
+        return sum(source.size_bytes for source in self.raws)
+
+    def convert(self) -> None:
+        """Make what is kept of it, once it is read."""
+        self.reading.wait()
+        for step in self.steps:
+            for name, tensor in step.made([self.raws[source] for source in step.sources]).items() if step.made else ():
+                self.layout.view(self.flat, name).copy_(tensor, non_blocking=True)
+        self.filling.unconverted -= 1
+
+
 class Keeper:
     """How one expert's parameters are kept.
 
@@ -68,6 +117,7 @@ class Keeper:
         self.matrices = block_matrices(model)
         self._stored, self._precision = files.tensors, precision
         self._forms = parameter_forms(model, files.tensors, precision)
+        self._waiting: deque[_Batch] = deque()
 
     @property
     def low_precision(self) -> Mapping[str, Form]:
@@ -127,7 +177,7 @@ class Keeper:
         *,
         only_added: bool = False,
         later: bool = False,
-    ) -> list[Reading]:
+    ) -> Filling:
         """Read parameters into the one piece of memory of their part. After an error nothing is read for any part any more.
 
         Args:
@@ -136,30 +186,55 @@ class Keeper:
             layout, flat: where they go.
             convert_on: the device that converts; the work is queued there.
             only_added: read only what stands beside matrices whose own values stay.
-            later: what is kept as the file has it may arrive after this returns, until :meth:`TensorReader.finish`.
-
-        Returns:
-            What may still arrive.
+            later: some of it may arrive after this returns, until :meth:`finish`.
         """
+        filling = Filling()
         try:
-            steps = self._steps(part, names, adapters, convert_on, only_added=only_added)
-            arriving = list(self._filled(steps, layout, flat, convert_on))
+            for steps in _batches(self._steps(part, names, adapters, convert_on, only_added=only_added)):
+                self._waiting.append(self._begin(filling, steps, layout, flat, convert_on))
+                self._convert_waiting(WAITING_BYTES)
             if not later:
-                self.reader.finish()
-            return arriving
+                self.finish()
         except BaseException:
-            self.reader.stop()
+            self.stop()
+            raise
+        return filling
+
+    def finish(self) -> None:
+        """Wait until all that is to be filled has arrived, or is in the order of its GPU's stream."""
+        try:
+            self._convert_waiting(0)
+            self.reader.finish()
+        except BaseException:
+            self.stop()
             raise
 
-    def _filled(self, wanted: Iterable[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> Iterator[Reading]:
-        for steps in _batches(wanted):
-            raws = {source: self._room_for(source, convert_on) for step in steps if step.made for source in step.sources}
-            to_convert = self.reader.begin([(source, room.reshape(-1).view(torch.uint8)) for source, room in raws.items()], urgent=True)
-            yield self.reader.begin([(step.sources[0], flat[layout.span(step.name)]) for step in steps if step.made is None])
-            to_convert.wait()
-            for step in steps:
-                for name, tensor in step.made([raws[source] for source in step.sources]).items() if step.made else ():
-                    layout.view(flat, name).copy_(tensor, non_blocking=True)
+    def stop(self) -> None:
+        """Let go of all that has not arrived."""
+        self._waiting.clear()
+        self.reader.stop()
+
+    def close(self) -> None:
+        """Let go of what reading took, too."""
+        self._waiting.clear()
+        self.reader.close()
+
+    def _begin(self, filling: Filling, steps: Sequence[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> _Batch:
+        raws = {source: self._room_for(source, convert_on) for step in steps if step.made for source in step.sources}
+        filling.unconverted += 1
+        to_convert = [(source, room.reshape(-1).view(torch.uint8)) for source, room in raws.items()]
+        as_stored = [(step.sources[0], flat[layout.span(step.name)]) for step in steps if step.made is None]
+        if sum(source.size_bytes for source in raws) <= WAITING_BYTES:
+            # Read along with its neighbours in the file: small pieces of their own would take as long as large ones.
+            filling.readings.append(self.reader.begin(to_convert + as_stored))
+            return _Batch(filling, steps, raws, filling.readings[-1], layout, flat)
+        filling.readings += [first := self.reader.begin(to_convert, urgent=True), self.reader.begin(as_stored)]
+        return _Batch(filling, steps, raws, first, layout, flat)
+
+    def _convert_waiting(self, most_bytes: int) -> None:
+        """Convert what has been read, and wait for the rest until no more than so much of it is in memory."""
+        while self._waiting and (self._waiting[0].is_read or sum(batch.raw_bytes for batch in self._waiting) > most_bytes):
+            self._waiting.popleft().convert()
 
     @staticmethod
     def _room_for(source: StoredTensor, device: torch.device) -> torch.Tensor:

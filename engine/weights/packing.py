@@ -6,6 +6,7 @@ Knows names, shapes and bytes; not files, homes or devices' budgets.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -36,8 +37,14 @@ class _Piece:
     offset: int
     spec: Spec
 
-    def view(self, flat: torch.Tensor) -> torch.Tensor:
-        return flat[self.offset : self.offset + self.spec.size_bytes].view(self.spec.dtype).view(self.spec.shape)
+    @cached_property
+    def _strides(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.spec.shape[i + 1 :]) for i in range(len(self.spec.shape)))
+
+    def view(self, typed: torch.Tensor) -> torch.Tensor:
+        """Its view of the whole memory, as which it is seen in this piece's dtype."""
+        begin = typed.storage_offset() + self.offset // self.spec.dtype.itemsize
+        return typed.as_strided(self.spec.shape, self._strides, begin)
 
 
 class Layout:
@@ -90,12 +97,15 @@ class Layout:
 
     def bind(self, flat: torch.Tensor) -> dict[str, Any]:
         """The tensors, by name, as views of ``flat``: uint8 [total_bytes] on any device; and the kinds."""
-        bound: dict[str, Any] = {name: piece.view(flat) for name, piece in self._pieces.items()}
-        return {**bound, **{name: piece.view(flat) for name, piece in self._wholes.items()}, **self.kinds}
+        return {**_views({**self._pieces, **self._wholes}, flat), **self.kinds}
+
+    def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors that were asked for, by name, as views of ``flat``."""
+        return _views({name: self._pieces[name] for name in self.specs}, flat)
 
     def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
         """One of the tensors, as a view of ``flat``."""
-        return self._pieces[name].view(flat)
+        return self._pieces[name].view(flat.view(self.specs[name].dtype))
 
     def span(self, name: str) -> slice:
         """The bytes of ``flat`` in which a tensor stands."""
@@ -104,12 +114,18 @@ class Layout:
 
     def fill(self, flat: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy tensors of this layout into ``flat``, from wherever they are."""
-        for name in self._pieces:
-            self.view(flat, name).copy_(tensors[name], non_blocking=True)
+        for name, view in self.views(flat).items():
+            view.copy_(tensors[name], non_blocking=True)
 
     def same_as(self, other: "Layout") -> bool:
         """Whether memory of one can hold the other's tensors at the same places."""
         return self._pieces == other._pieces and self.kinds == other.kinds
+
+
+def _views(pieces: Mapping[str, _Piece], flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One call of torch's for each: while others read files, it is those that take time."""
+    typed = {dtype: flat.view(dtype) for dtype in {piece.spec.dtype for piece in pieces.values()}}
+    return {name: piece.view(typed[piece.spec.dtype]) for name, piece in pieces.items()}
 
 
 def _stack(specs: list[Spec]) -> bool:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import IO
 
@@ -74,11 +74,11 @@ def _cut(run: Sequence[tuple[StoredTensor, torch.Tensor]], each: int) -> Iterato
     """Parts of tensors with their places in the file, none across a multiple of so many bytes from the first one's."""
     first = run[0][0].offset
     for stored, target in run:
-        offset, rest = stored.offset, target
-        while rest.numel():
-            count = min(rest.numel(), each - (offset - first) % each)
-            yield offset, rest[:count]
-            offset, rest = offset + count, rest[count:]
+        begin, end = stored.offset - first, stored.offset - first + stored.size_bytes
+        cuts = [begin, *range((begin // each + 1) * each, end, each), end]
+        # One call of torch's for all parts: it lets other threads in at each.
+        parts = target.split([b - a for a, b in pairwise(cuts)]) if len(cuts) > 2 else (target,)
+        yield from zip((first + cut for cut in cuts), parts, strict=False)
 
 
 def mapped(stored: StoredTensor) -> torch.Tensor:

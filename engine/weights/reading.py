@@ -70,10 +70,10 @@ class Reading:
         self.stopped = False
         self.incomplete = False
 
-    def add(self, size_bytes: int) -> None:
-        """Something that is to be read for it."""
+    def add(self, pieces: int, size_bytes: int) -> None:
+        """What is to be read for it."""
         with self._changed:
-            self._left += 1
+            self._left += pieces
             self._size_bytes += size_bytes
 
     def done(self, error: BaseException | None = None, *, left_out: bool = False) -> None:
@@ -84,6 +84,11 @@ class Reading:
             self.incomplete = self.incomplete or left_out or error is not None
             if self.incomplete or not self._left:
                 self._changed.notify_all()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more comes of it; :meth:`wait` says at once how it went."""
+        return not self._left
 
     @property
     def unfinished_bytes(self) -> int:
@@ -218,8 +223,7 @@ class TensorReader:
             pieces.read_alone(cut[0])  # not worth a thread
             return reading
         self._under_way = [*before, reading]
-        for piece in cut:
-            self._submit(piece, reading, self._urgent if urgent else self._errands)
+        self._submit(cut, reading, self._urgent if urgent else self._errands)
         for earlier in before:
             if sum(other.unfinished_bytes for other in self._under_way) > AHEAD_BYTES:
                 earlier.wait()
@@ -241,7 +245,8 @@ class TensorReader:
 
     # ---- how
 
-    def _submit(self, piece: Piece, reading: Reading, errands: "deque[_Errand]") -> None:
+    def _submit(self, cut: Sequence[Piece], reading: Reading, errands: "deque[_Errand]") -> None:
+        """Have pieces read; where that can't be, none of them is still to be read."""
         if self._pools is None:
             readers = ThreadPoolExecutor(THREADS, thread_name_prefix="wan-sharded-reader")
             sender = ThreadPoolExecutor(1, thread_name_prefix="wan-sharded-sender")
@@ -250,22 +255,27 @@ class TensorReader:
                 self._buffers.put(_Buffer())
             self._pools = readers, sender
         readers, sender = self._pools
-        stream = None if piece.device == CPU else torch.cuda.current_stream(piece.device)
-        errand, name = _Errand(piece, reading, stream), object()
-        reading.add(piece.size_bytes)
+        streams = {device: None if device == CPU else torch.cuda.current_stream(device) for device in {piece.device for piece in cut}}
+        wanted = [_Errand(piece, reading, streams[piece.device]) for piece in cut]
+        reading.add(len(cut), sum(piece.size_bytes for piece in cut))
+        name = None
         try:
             with self._taking:
-                errands.append(errand)
-                if len(self._at_work) >= THREADS:
-                    return
-                self._at_work.add(name)
-            readers.submit(self._work, name, sender)
+                errands.extend(wanted)
+            for _ in wanted:
+                with self._taking:
+                    if not errands or len(self._at_work) >= THREADS:
+                        return
+                    name = object()
+                    self._at_work.add(name)
+                readers.submit(self._work, name, sender)
         except BaseException:
             with self._taking:
                 self._at_work.discard(name)
-                with suppress(ValueError):  # another thread has taken it on
-                    errands.remove(errand)
-                    reading.done()
+                for errand in wanted:
+                    with suppress(ValueError):  # a thread has taken it on
+                        errands.remove(errand)
+                        reading.done(left_out=True)
             raise
 
     def _work(self, name: object, sender: ThreadPoolExecutor) -> None:

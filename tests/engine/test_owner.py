@@ -23,6 +23,7 @@ from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES,
 from wan_sharded.engine.planning.devices import GIB
 from wan_sharded.engine.planning.placement import HOST
 from wan_sharded.engine.system_memory import SystemMemory
+from wan_sharded.engine.weights import keeping
 from wan_sharded.engine.weights.expert import CPU, NOWHERE
 
 EXPERTS = ("transformer", "transformer_2")
@@ -127,9 +128,17 @@ def test_nothing_is_parked_where_the_host_is_full(
     ids=str,
 )
 def test_no_gpu_ever_holds_more_than_planned(
-    bench: Callable[..., Bench], checkpoint: Path, make_request, weight_dtype: str, rooms: tuple[float, ...], offload: str, device_map: str
+    bench: Callable[..., Bench],
+    checkpoint: Path,
+    make_request,
+    monkeypatch: pytest.MonkeyPatch,
+    weight_dtype: str,
+    rooms: tuple[float, ...],
+    offload: str,
+    device_map: str,
 ) -> None:
     """The promise of the sliders, at every moment of two runs: loading, switching experts and computing included."""
+    monkeypatch.setattr(keeping, "WAITING_BYTES", 1024)  # as small as the model is; it stands where activations will
     expert = TinyExpert(checkpoint, weight_dtype)
     one = bench(len(rooms))
     handle = open_model(

@@ -1,39 +1,9 @@
-"""How heads are grouped, and the memory that a crew keeps for what its workers exchange and fetch."""
+"""The memory that a crew keeps for what its workers exchange and fetch."""
 
-import pytest
 import torch
 from crews import CPU, cpu_workers, crew_of
-from wan_sharded.engine.parallel.crew import FIRST_GROUP_SHARE, SLOW_LINK_GROUPS, Crew, head_groups
+from wan_sharded.engine.parallel.crew import Crew
 from wan_sharded.engine.parallel.fetching import BUFFERS
-
-
-@pytest.mark.parametrize("slow_links", [False, True])
-def test_groups_hold_all_heads(slow_links: bool) -> None:
-    for heads in range(1, 130):
-        groups = head_groups(heads, slow_links=slow_links)
-        assert sum(groups) == heads and min(groups) > 0, heads
-
-
-def test_slow_links_give_more_groups() -> None:
-    """So that more of the way is hidden behind attention over the groups before."""
-    for heads in range(3, 130):
-        assert len(head_groups(heads, slow_links=True)) > len(head_groups(heads, slow_links=False)), heads
-    assert head_groups(40, slow_links=True) == [8, 8, 8, 8, 8]
-    assert head_groups(40, slow_links=False) == [8, 32]
-    assert head_groups(24, slow_links=False) == [4, 20]
-
-
-def test_groups_over_slow_links_are_even() -> None:
-    for heads in range(1, 130):
-        groups = head_groups(heads, slow_links=True)
-        assert max(groups) - min(groups) <= 1 and len(groups) == min(heads, SLOW_LINK_GROUPS), heads
-
-
-def test_the_first_group_over_fast_links_is_small() -> None:
-    for heads in range(2, 130):
-        first, _ = head_groups(heads, slow_links=False)
-        assert first == max(1, heads // FIRST_GROUP_SHARE), heads
-    assert head_groups(1, slow_links=False) == head_groups(1, slow_links=True) == [1]
 
 
 def test_links_are_slow_where_copies_are_said_to_be_staged() -> None:

@@ -240,8 +240,9 @@ def test_a_scale_beside_a_vector_is_refused_or_used(tiny_single_files: Path, tmp
     assert torch.equal(in_use(expert, F32)["blocks.1.attn1.norm_q.weight"], 2 * norm.float())
 
 
-def test_what_is_converted_is_read_first(tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_much_that_is_converted_is_read_first(tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is waited for, while the rest arrives."""
+    monkeypatch.setattr(keeping, "WAITING_BYTES", 1)
     asked: list[tuple[bool, str]] = []
     begin = TensorReader.begin
 
@@ -279,6 +280,100 @@ def test_a_failed_conversion_leaves_nothing_to_be_read(tiny_single_files: Path, 
         assert expert._keeper.reader._under_way == []
     expert.bring("blocks.1", CPU, CPU, packed=True)
     assert torch.isfinite(in_use(expert, F32)[f"{PROJECTION}.weight"]).all()
+
+
+def bring_later(expert: Expert, part: str, device: torch.device = CPU) -> None:
+    expert.bring(part, device, device, packed=True, later=True)
+
+
+def scales_of(expert: Expert, part: str) -> torch.Tensor:
+    return expert.block_weights(part)["attn1.to_q.weight_scale"]
+
+
+def test_little_that_is_converted_is_read_along_and_waits(tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it is there: what is asked for later is begun before it is waited for. But not longer than it must."""
+    path = file_of(tiny_single_files, "fp8_scaled_old")
+    expected = load(path, Precision(BF16, BF16, "F8_E4M3"), "packed")
+    expert = Expert("high noise expert", open_expert_file(path), Precision(BF16, BF16, "F8_E4M3"))
+    held, read_at, asked = threading.Event(), pieces.read_at, []
+    begin = TensorReader.begin
+
+    def slow(file: object, rest: memoryview, offset: int) -> None:
+        assert held.wait(timeout=30)
+        read_at(file, rest, offset)
+
+    def watched(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]], *, urgent: bool = False) -> Reading:
+        asked.append({stored.key for stored, _ in wanted})
+        return begin(reader, wanted, urgent=urgent)
+
+    monkeypatch.setattr(pieces, "read_at", slow)
+    monkeypatch.setattr(TensorReader, "begin", watched)
+    for part in ("blocks.0", "blocks.1"):
+        bring_later(expert, part)
+    assert len(asked) == 2 and all({f"blocks.{i}.self_attn.q.weight", f"blocks.{i}.self_attn.q.scale_weight"} <= asked[i] for i in (0, 1))
+    assert len(expert._keeper._waiting) == 2
+    held.set()
+    expert._keeper.reader.finish()
+    bring_later(expert, "proj_out")
+    assert len(expert._keeper._waiting) <= 1, "what has arrived is converted with the next"
+    expert.arrived()
+    for part in ("blocks.0", "blocks.1"):
+        assert torch.equal(scales_of(expert, part), scales_of(expected, part)), part
+
+
+def test_much_to_be_converted_does_not_wait_in_memory(tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "WAITING_BYTES", 1)
+    path = file_of(tiny_single_files, "fp8_scaled_old")
+    expected = load(path, Precision(BF16, BF16, "F8_E4M3"), "packed")
+    expert = Expert("high noise expert", open_expert_file(path), Precision(BF16, BF16, "F8_E4M3"))
+    bring_later(expert, "blocks.1")
+    assert torch.equal(scales_of(expert, "blocks.1"), scales_of(expected, "blocks.1")), "although nothing else was begun"
+
+
+def test_what_has_not_been_converted_is_forgotten_with_what_has_not_arrived(tiny_single_files: Path) -> None:
+    """Its bytes are all there, but its scales are nothing."""
+    path = file_of(tiny_single_files, "fp8_scaled_old")
+    expected = load(path, Precision(BF16, BF16, "F8_E4M3"), "packed")
+    expert = Expert("high noise expert", open_expert_file(path), Precision(BF16, BF16, "F8_E4M3"))
+    for part in ("blocks.0", "blocks.1"):
+        bring_later(expert, part)
+        expert._keeper.reader.finish()
+    expert.drop_arriving()
+    assert expert.packed("blocks.1") is None and expert.packed("blocks.0") is not None
+    for part in ("blocks.0", "blocks.1"):
+        bring_later(expert, part)
+    expert.arrived()
+    for part in ("blocks.0", "blocks.1"):
+        assert torch.equal(scales_of(expert, part), scales_of(expected, part)), part
+
+
+@pytest.mark.parametrize("met", ["with the next", "at the end"])
+def test_a_conversion_that_fails_later_loses_only_what_is_not_there(
+    tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch, met: str
+) -> None:
+    path = file_of(tiny_single_files, "fp8_scaled_old")
+    expected = load(path, Precision(BF16, BF16, "F8_E4M3"), "packed")
+    expert = Expert("high noise expert", open_expert_file(path), Precision(BF16, BF16, "F8_E4M3"))
+
+    def fails(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        bring_later(expert, "blocks.0")
+        expert._keeper.reader.finish()
+        if met == "at the end":
+            bring_later(expert, "blocks.1")
+        patch.setattr(keeping, "_row_scales", fails)
+        with pytest.raises(MemoryError, match="no room"):
+            expert.arrived() if met == "at the end" else bring_later(expert, "blocks.1")
+        expert.drop_arriving()
+    kept = [part for part in ("blocks.0", "blocks.1") if expert.packed(part) is not None]
+    assert kept == (["blocks.0"] if met == "at the end" else [])
+    for part in ("blocks.0", "blocks.1"):
+        bring_later(expert, part)
+    expert.arrived()
+    for part in ("blocks.0", "blocks.1"):
+        assert torch.equal(scales_of(expert, part), scales_of(expected, part)), part
 
 
 def test_stored_tensors_are_told_apart(tiny_single_files: Path) -> None:
