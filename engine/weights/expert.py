@@ -272,7 +272,7 @@ class Expert:
         if packed:
             flat = self._flat(layout, device)
             filling = self._keeper.fill(part, names, adapters, layout, flat, convert_on, later=later)
-            self._keep(part, layout, flat)
+            self._keep(part, layout, flat, filling.views)
             if later:
                 self._arriving[part] = filling
         else:
@@ -335,9 +335,9 @@ class Expert:
             return self._host_pool.take(layout.total_bytes)
         return torch.empty(layout.total_bytes, dtype=torch.uint8, device=device)
 
-    def _keep(self, part: str, layout: Layout, flat: torch.Tensor) -> None:
+    def _keep(self, part: str, layout: Layout, flat: torch.Tensor, views: Mapping[str, torch.Tensor] | None = None) -> None:
         """Let a part stand in ``flat``, which holds its values."""
-        self._hold(part, layout.views(flat))
+        self._hold(part, dict(views or layout.views(flat)))
         self._unpack(part)
         self._packed[part] = Packed(layout, flat)
 

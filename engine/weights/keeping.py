@@ -61,10 +61,12 @@ class Filling:
     """A part's memory while it is filled.
 
     Attributes:
+        views: its tensors, by their names inside the part.
         readings: of files.
         unconverted: how much of what was read is still to be converted.
     """
 
+    views: Mapping[str, torch.Tensor]
     readings: list[Reading] = field(default_factory=list)
     unconverted: int = 0
 
@@ -82,8 +84,6 @@ class _Batch:
     steps: Sequence[_Step]
     raws: Mapping[StoredTensor, torch.Tensor]
     reading: Reading
-    layout: Layout
-    flat: torch.Tensor
 
     @property
     def is_read(self) -> bool:
@@ -96,10 +96,23 @@ class _Batch:
     def convert(self) -> None:
         """Make what is kept of it, once it is read."""
         self.reading.wait()
+        made: Tensors = {}
         for step in self.steps:
-            for name, tensor in step.made([self.raws[source] for source in step.sources]).items() if step.made else ():
-                self.layout.view(self.flat, name).copy_(tensor, non_blocking=True)
+            if step.made is not None:
+                made.update(step.made([self.raws[source] for source in step.sources]))
+                if sum(tensor.nbytes for tensor in made.values()) > WAITING_BYTES:
+                    self._keep(made)
+        self._keep(made)
         self.filling.unconverted -= 1
+
+    def _keep(self, made: Tensors) -> None:
+        """Copy these to where they are kept, all with one call of torch's, and forget them."""
+        if made:
+            targets = [self.filling.views[name] for name in made]
+            torch._foreach_copy_(
+                targets, [tensor.expand_as(target) for tensor, target in zip(made.values(), targets, strict=True)], non_blocking=True
+            )
+            made.clear()
 
 
 class Keeper:
@@ -188,7 +201,7 @@ class Keeper:
             only_added: read only what stands beside matrices whose own values stay.
             later: some of it may arrive after this returns, until :meth:`finish`.
         """
-        filling = Filling()
+        filling = Filling(layout.views(flat))
         try:
             for steps in _batches(self._steps(part, names, adapters, convert_on, only_added=only_added)):
                 self._waiting.append(self._begin(filling, steps, layout, flat, convert_on))
@@ -227,9 +240,9 @@ class Keeper:
         if sum(source.size_bytes for source in raws) <= WAITING_BYTES:
             # Read along with its neighbours in the file: small pieces of their own would take as long as large ones.
             filling.readings.append(self.reader.begin(to_convert + as_stored))
-            return _Batch(filling, steps, raws, filling.readings[-1], layout, flat)
+            return _Batch(filling, steps, raws, filling.readings[-1])
         filling.readings += [first := self.reader.begin(to_convert, urgent=True), self.reader.begin(as_stored)]
-        return _Batch(filling, steps, raws, first, layout, flat)
+        return _Batch(filling, steps, raws, first)
 
     def _convert_waiting(self, most_bytes: int) -> None:
         """Convert what has been read, and wait for the rest until no more than so much of it is in memory."""

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -282,8 +283,22 @@ def test_a_failed_conversion_leaves_nothing_to_be_read(tiny_single_files: Path, 
     assert torch.isfinite(in_use(expert, F32)[f"{PROJECTION}.weight"]).all()
 
 
-def bring_later(expert: Expert, part: str, device: torch.device = CPU) -> None:
-    expert.bring(part, device, device, packed=True, later=True)
+def bring_later(expert: Expert, part: str) -> None:
+    expert.bring(part, CPU, CPU, packed=True, later=True)
+
+
+def bring_unconverted(expert: Expert, part: str) -> None:
+    """It has been read when this returns, but not before."""
+    held, read_at = threading.Event(), pieces.read_at
+
+    def slow(file: object, rest: memoryview, offset: int) -> None:
+        assert held.wait(timeout=30)
+        read_at(file, rest, offset)
+
+    with mock.patch.object(pieces, "read_at", slow):
+        bring_later(expert, part)
+        held.set()
+        expert._keeper.reader.finish()
 
 
 def scales_of(expert: Expert, part: str) -> torch.Tensor:
@@ -336,8 +351,7 @@ def test_what_has_not_been_converted_is_forgotten_with_what_has_not_arrived(tiny
     expected = load(path, Precision(BF16, BF16, "F8_E4M3"), "packed")
     expert = Expert("high noise expert", open_expert_file(path), Precision(BF16, BF16, "F8_E4M3"))
     for part in ("blocks.0", "blocks.1"):
-        bring_later(expert, part)
-        expert._keeper.reader.finish()
+        bring_unconverted(expert, part)
     expert.drop_arriving()
     assert expert.packed("blocks.1") is None and expert.packed("blocks.0") is not None
     for part in ("blocks.0", "blocks.1"):
@@ -359,10 +373,9 @@ def test_a_conversion_that_fails_later_loses_only_what_is_not_there(
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        bring_later(expert, "blocks.0")
-        expert._keeper.reader.finish()
+        bring_unconverted(expert, "blocks.0")
         if met == "at the end":
-            bring_later(expert, "blocks.1")
+            bring_unconverted(expert, "blocks.1")
         patch.setattr(keeping, "_row_scales", fails)
         with pytest.raises(MemoryError, match="no room"):
             expert.arrived() if met == "at the end" else bring_later(expert, "blocks.1")
