@@ -57,6 +57,7 @@ def timed_forward(call, inputs: list[dict], repeats: int) -> tuple[float, float,
         seconds.append(time.perf_counter() - began)
         if number < len(inputs):
             outputs.append(output.float().cpu())
+    print("forward by forward:", " ".join(f"{one:.3f}" for one in seconds), "s", flush=True)
     return median(seconds[1:]), median(queued[1:]), outputs
 
 

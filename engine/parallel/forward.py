@@ -308,7 +308,7 @@ class ParallelForward:
         measured, tokens = self._crew.measured, [timing.tokens for timing in self.timings]
         measured.add(tokens, [timing.seconds for timing in self.timings])
         if gain is None:
-            gain = measured.worthwhile_gain(max(measured.usual) * self._block_count)
+            gain = measured.worthwhile_gain(max(measured.usual, default=0.0) * self._block_count)
         speeds = better_speeds(tokens, measured.usual, [share.most for share in shares], gain)
         for share, speed in zip(shares, speeds or (), strict=False):
             share.speed = speed

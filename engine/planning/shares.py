@@ -61,22 +61,29 @@ def _within(fractions: list[float], limits: list[float]) -> list[float]:
 class MeasuredSeconds:
     """How long devices were busy with their shares in the forwards since the shares were last changed.
 
-    Shares that follow every single forward never settle, and each change of sizes makes the allocators ask for memory anew.
+    Shares that follow every single forward never settle, and each change of sizes makes the allocators ask for memory anew. The first
+    forward of new sizes is not looked at: it holds devices up, and those that are held up are cooler and compute faster then. By what was
+    measured in it, shares would change again, and so on.
     """
 
     def __init__(self) -> None:
         self._shares: tuple[int, ...] = ()
         self._seconds: deque[tuple[float, ...]] = deque(maxlen=REMEMBERED)
+        # How often the shares of this many tokens were changed.
+        self._changes = 0
 
     def forget(self) -> None:
-        """What was measured does not hold any more."""
+        """What was measured does not hold any more, nor what it was measured of."""
+        self._shares, self._changes = (), 0
         self._seconds.clear()
 
     def add(self, shares: Sequence[int], seconds: Sequence[float]) -> None:
         """One more forward's tokens and seconds of each device."""
-        if tuple(shares) != self._shares:
-            self._shares = tuple(shares)
-            self.forget()
+        before, self._shares = self._shares, tuple(shares)
+        if before and before != self._shares:
+            self._changes = self._changes + 1 if sum(before) == sum(self._shares) else 0
+            self._seconds.clear()
+            return
         self._seconds.append(tuple(seconds))
         latest = list(self._seconds)[-2:]
         before = list(self._seconds)[:-2]
@@ -85,16 +92,17 @@ class MeasuredSeconds:
 
     @property
     def usual(self) -> list[float]:
-        """Seconds of each device: the median, of an even number the lower one, since what is odd takes longer."""
+        """Seconds of each device: the median, of an even number the lower one, since what is odd takes longer. Nothing is known yet: none."""
         return _usual(self._seconds)
 
     def worthwhile_gain(self, forward_seconds: float) -> float:
-        """What must be expected to be gained by other shares, of a forward's time: less where more forwards were measured, or long ones.
+        """What must be expected to be gained by other shares, of a forward's time: less where more forwards were measured, or long ones;
+        more where shares were changed before, and should have been right then.
 
         Args:
             forward_seconds: what a forward takes.
         """
-        doubt = DOUBT * min(1.0, SHORT_FORWARD / max(forward_seconds, 1e-9))
+        doubt = DOUBT * (1 + self._changes) * min(1.0, SHORT_FORWARD / max(forward_seconds, 1e-9))
         return WORTHWHILE_GAIN + doubt / max(1, len(self._seconds)) ** 0.5
 
 
@@ -113,14 +121,14 @@ def better_speeds(
 
     Args:
         shares: tokens each device computed.
-        seconds: how long each was busy with them, waiting left out.
+        seconds: how long each was busy with them, waiting left out; none where that is not known.
         most: as for :func:`share_tokens`.
         gain: the fraction of the time that other shares must save.
 
     Returns:
         Tokens per second of each device, or ``None`` where less would be gained.
     """
-    if len(shares) < 2 or min(seconds) <= 0 or min(shares) <= 0:
+    if len(shares) < 2 or not seconds or min(seconds) <= 0 or min(shares) <= 0:
         return None
     speeds = [tokens / second for tokens, second in zip(shares, seconds, strict=True)]
     new = share_tokens(sum(shares), speeds, most)
