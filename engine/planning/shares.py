@@ -69,19 +69,19 @@ class MeasuredSeconds:
     def __init__(self) -> None:
         self._shares: tuple[int, ...] = ()
         self._seconds: deque[tuple[float, ...]] = deque(maxlen=REMEMBERED)
-        # How often the shares of this many tokens were changed.
-        self._changes = 0
+        # How often the shares of this many tokens were changed after having been measured; a calibration's own change does not count.
+        self._changes = -1
 
     def forget(self) -> None:
         """What was measured does not hold any more, nor what it was measured of."""
-        self._shares, self._changes = (), 0
+        self._shares, self._changes = (), -1
         self._seconds.clear()
 
     def add(self, shares: Sequence[int], seconds: Sequence[float]) -> None:
         """One more forward's tokens and seconds of each device."""
         before, self._shares = self._shares, tuple(shares)
         if before and before != self._shares:
-            self._changes = self._changes + 1 if sum(before) == sum(self._shares) else 0
+            self._changes = self._changes + 1 if sum(before) == sum(self._shares) else -1
             self._seconds.clear()
             return
         self._seconds.append(tuple(seconds))
@@ -102,7 +102,7 @@ class MeasuredSeconds:
         Args:
             forward_seconds: what a forward takes.
         """
-        doubt = DOUBT * (1 + self._changes) * min(1.0, SHORT_FORWARD / max(forward_seconds, 1e-9))
+        doubt = DOUBT * (1 + max(0, self._changes)) * min(1.0, SHORT_FORWARD / max(forward_seconds, 1e-9))
         return WORTHWHILE_GAIN + doubt / max(1, len(self._seconds)) ** 0.5
 
 

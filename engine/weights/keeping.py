@@ -110,7 +110,7 @@ class _Batch:
         if made:
             targets = [self.filling.views[name] for name in made]
             torch._foreach_copy_(
-                targets, [tensor.expand_as(target) for tensor, target in zip(made.values(), targets, strict=True)], non_blocking=True
+                targets, [tensor.expand(target.shape) for tensor, target in zip(made.values(), targets, strict=True)], non_blocking=True
             )
             made.clear()
 

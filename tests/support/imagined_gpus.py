@@ -123,7 +123,7 @@ class ImaginedGpus(TorchDispatchMode):
         name = func._schema.name
         homes = {t.device for t in tensors if isinstance(t, ImaginedTensor)}
         on_host = any(not isinstance(t, ImaginedTensor) and t.ndim > 0 for t in tensors)
-        if name in ("aten::copy_", "aten::type_as"):
+        if name in ("aten::copy_", "aten::_foreach_copy_", "aten::type_as"):
             return tensors[0].device
         if name == "aten::to" and asked is None and len(tensors) == 2:
             return tensors[1].device
