@@ -58,7 +58,8 @@ def _many_versions() -> Any:
 
 
 class BlockFunctions:
-    """The halves of one kind of block. One compiled version serves all blocks and all sizes.
+    """The halves of one kind of block. One compiled version serves all blocks and all sizes, but for keys and values: where another size has
+    other head groups (groups.py), there is another version for them.
 
     Args:
         math: the arithmetic.

@@ -13,6 +13,8 @@ SHORT_FORWARD = 8.0
 REMEMBERED = 40
 # A device that takes so much more or less than before, twice in a row, does so for a reason: what was before does not count any more.
 CHANGED = 0.06
+# Where shares are changed again and again, twice and then three times as much is doubted.
+MOST_DOUBTS = 3
 
 
 def share_tokens(tokens: int, weights: Sequence[float], most: Sequence[float] | None = None) -> list[int]:
@@ -69,7 +71,7 @@ class MeasuredSeconds:
     def __init__(self) -> None:
         self._shares: tuple[int, ...] = ()
         self._seconds: deque[tuple[float, ...]] = deque(maxlen=REMEMBERED)
-        # How often the shares of this many tokens were changed after having been measured; a calibration's own change does not count.
+        # How often the shares of this many tokens were changed, without a reason that is known; the first time, by a calibration, is none.
         self._changes = -1
 
     def forget(self) -> None:
@@ -88,7 +90,7 @@ class MeasuredSeconds:
         latest = list(self._seconds)[-2:]
         before = list(self._seconds)[:-2]
         if before and any(_changed(usual, *now) for usual, *now in zip(_usual(before), *latest, strict=True)):
-            self._seconds = deque(latest, maxlen=REMEMBERED)
+            self._seconds, self._changes = deque(latest, maxlen=REMEMBERED), -1
 
     @property
     def usual(self) -> list[float]:
@@ -102,7 +104,7 @@ class MeasuredSeconds:
         Args:
             forward_seconds: what a forward takes.
         """
-        doubt = DOUBT * (1 + max(0, self._changes)) * min(1.0, SHORT_FORWARD / max(forward_seconds, 1e-9))
+        doubt = DOUBT * min(MOST_DOUBTS, 1 + max(0, self._changes)) * min(1.0, SHORT_FORWARD / max(forward_seconds, 1e-9))
         return WORTHWHILE_GAIN + doubt / max(1, len(self._seconds)) ** 0.5
 
 

@@ -204,8 +204,10 @@ class Keeper:
         filling = Filling(layout.views(flat))
         try:
             for steps in _batches(self._steps(part, names, adapters, convert_on, only_added=only_added)):
-                self._waiting.append(self._begin(filling, steps, layout, flat, convert_on))
-                self._convert_waiting(WAITING_BYTES)
+                self._begin(filling, steps, layout, flat, convert_on)
+                # Those that have been read, and as many more as must not wait in memory.
+                while self._waiting and (self._waiting[0].is_read or sum(batch.raw_bytes for batch in self._waiting) > WAITING_BYTES):
+                    self._waiting.popleft().convert()
             if not later:
                 self.finish()
         except BaseException:
@@ -216,7 +218,8 @@ class Keeper:
     def finish(self) -> None:
         """Wait until all that is to be filled has arrived, or is in the order of its GPU's stream."""
         try:
-            self._convert_waiting(0)
+            while self._waiting:
+                self._waiting.popleft().convert()
             self.reader.finish()
         except BaseException:
             self.stop()
@@ -232,22 +235,20 @@ class Keeper:
         self._waiting.clear()
         self.reader.close()
 
-    def _begin(self, filling: Filling, steps: Sequence[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> _Batch:
+    def _begin(self, filling: Filling, steps: Sequence[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> None:
+        """Have what is kept as it is read to its place, and the rest to memory of its own, from which it is to be converted."""
         raws = {source: self._room_for(source, convert_on) for step in steps if step.made for source in step.sources}
-        filling.unconverted += 1
         to_convert = [(source, room.reshape(-1).view(torch.uint8)) for source, room in raws.items()]
         as_stored = [(step.sources[0], flat[layout.span(step.name)]) for step in steps if step.made is None]
-        if sum(source.size_bytes for source in raws) <= WAITING_BYTES:
+        if sum(source.size_bytes for source in raws) > WAITING_BYTES:
+            readings = [self.reader.begin(to_convert, urgent=True), self.reader.begin(as_stored)]
+        else:
             # Read along with its neighbours in the file: small pieces of their own would take as long as large ones.
-            filling.readings.append(self.reader.begin(to_convert + as_stored))
-            return _Batch(filling, steps, raws, filling.readings[-1])
-        filling.readings += [first := self.reader.begin(to_convert, urgent=True), self.reader.begin(as_stored)]
-        return _Batch(filling, steps, raws, first)
-
-    def _convert_waiting(self, most_bytes: int) -> None:
-        """Convert what has been read, and wait for the rest until no more than so much of it is in memory."""
-        while self._waiting and (self._waiting[0].is_read or sum(batch.raw_bytes for batch in self._waiting) > most_bytes):
-            self._waiting.popleft().convert()
+            readings = [self.reader.begin(to_convert + as_stored)]
+        filling.readings += readings
+        if any(step.made for step in steps):
+            filling.unconverted += 1
+            self._waiting.append(_Batch(filling, steps, raws, readings[0]))
 
     @staticmethod
     def _room_for(source: StoredTensor, device: torch.device) -> torch.Tensor:

@@ -219,6 +219,8 @@ class TensorReader:
             with pieces.named(path):  # threads may have it open under this name from before
                 pieces.check_unchanged(path, path.stat(), modified_ns)
         reading, before = Reading(), [other for other in self._under_way if other.unfinished_bytes]
+        if not cut:
+            return reading
         if not before and len(cut) == 1 and cut[0].device == CPU:
             pieces.read_alone(cut[0])  # not worth a thread
             return reading

@@ -65,9 +65,12 @@ def test_rounds_are_counted_group_by_group_and_gpu_by_gpu() -> None:
     assert attention_rounds([40], 1, [7]) == 6 * 7, "a few queries are a tile, too"
 
 
-def test_groups_do_not_depend_on_how_tokens_are_shared_out() -> None:
+def test_groups_do_not_depend_on_how_tokens_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other groups would be compiled for anew each time shares are corrected."""
+    monkeypatch.setattr(probe, "multiprocessors", lambda device: H200_MULTIPROCESSORS)
     crew = crew_of(cpu_workers(2))
-    before = crew.head_groups(40, 32760)
-    crew.shares[0].speed = 7.0
-    assert crew.head_groups(40, 32760) == before
+    for speed in (1.0, 1.3, 7.0):
+        crew.shares[0].speed = speed
+        assert crew.head_groups(40, 32760) == [4, 36], speed
+    # With the shares of the last it would be the other one.
+    assert attention_rounds([8, 32], 28665, [132]) <= attention_rounds([4, 36], 28665, [132])

@@ -228,7 +228,7 @@ def test_other_shares_are_measured_anew() -> None:
     doubt = measured.worthwhile_gain(3.0) - WORTHWHILE_GAIN
     measured.add([500, 500], [1.0, 1.1])
     assert 0 < measured.worthwhile_gain(3.0) - WORTHWHILE_GAIN < doubt
-    for changes, shares in enumerate(([520, 480], [530, 470], [500, 500]), start=1):
+    for changes, shares in zip((1, 2, 3, 3), ([520, 480], [530, 470], [500, 500], [510, 490]), strict=True):
         measured.add(shares, [9.0, 1.0])
         assert measured.usual == [] and better_speeds(shares, measured.usual) is None
         measured.add(shares, [1.02, 1.04])
@@ -240,6 +240,19 @@ def test_other_shares_are_measured_anew() -> None:
     measured.forget()
     measured.add([520, 480], [2.0, 2.0])
     assert measured.usual == [2.0, 2.0] and measured.worthwhile_gain(3.0) - WORTHWHILE_GAIN == pytest.approx(doubt)
+
+
+@pytest.mark.parametrize("slower", [1.1, 1.15, 1.5])
+def test_a_device_that_others_use_at_times_is_corrected_each_time(slower: float) -> None:
+    """However often: what changes for good is no reason to doubt."""
+    measured, shares = MeasuredSeconds(), [16380, 16380]
+    for number in range(20):
+        speeds = [5000.0, 5000.0 / slower if number % 2 else 5000.0]
+        for _ in range(30):
+            measured.add(shares, seconds_of(shares, speeds))
+            better = better_speeds(shares, measured.usual, None, measured.worthwhile_gain(3.0))
+            shares = share_tokens(TOKENS, better) if better else shares
+        assert max(seconds_of(shares, speeds)) < 1.035 * TOKENS / sum(speeds), number
 
 
 def test_shares_settle_though_new_sizes_disturb_what_is_measured() -> None:

@@ -1,6 +1,7 @@
 """From each form of file to what is kept in memory: the same values to the last bit, each tensor read once, as large as was said."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -334,6 +335,38 @@ def test_little_that_is_converted_is_read_along_and_waits(tiny_single_files: Pat
     expert.arrived()
     for part in ("blocks.0", "blocks.1"):
         assert torch.equal(scales_of(expert, part), scales_of(expected, part)), part
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_scales_of_a_file_without_any_are_made_though_nothing_is_read_for_them(
+    tiny_single_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: bool
+) -> None:
+    """In such a file, where everything else is as it is kept, nothing that is converted has a byte to wait for."""
+    stored = load_file(file_of(tiny_single_files, "fp8"))
+    save_file({name: tensor if tensor.dtype == FP8 else tensor.float() for name, tensor in stored.items()}, tmp_path / "a.safetensors")
+    expert = Expert("high noise expert", open_expert_file(tmp_path / "a.safetensors"), Precision(F32, F32, "F8_E4M3"))
+    read_at = pieces.read_at
+
+    def slow(file: object, rest: memoryview, offset: int) -> None:
+        time.sleep(0.02)
+        read_at(file, rest, offset)
+
+    monkeypatch.setattr(pieces, "read_at", slow)
+    for part in ("blocks.0", "blocks.1"):
+        expert.bring(part, CPU, CPU, packed=True, later=later)
+        if later:
+            expert.arrived()
+        assert torch.equal(scales_of(expert, part), torch.ones_like(scales_of(expert, part))), part
+
+
+def test_what_is_kept_as_it_is_does_not_wait_to_be_converted(tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it read again after a load that ended early."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 2048)  # a single one would be read at once
+    expert = Expert("high noise expert", open_expert_file(file_of(tiny_single_files, "original_fp32")), Precision(F32, F32))
+    bring_unconverted(expert, "blocks.1")
+    assert not expert._keeper._waiting
+    expert.drop_arriving()
+    assert expert.packed("blocks.1") is not None
 
 
 def test_much_to_be_converted_does_not_wait_in_memory(tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
