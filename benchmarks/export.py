@@ -148,10 +148,7 @@ def main() -> None:
         rows.append(Row(f"{options.size}x{options.frames}", way, 0, "", of["seconds"], host_gib=of["peak"] / 2**30, note=note))
     version = subprocess.run([options.ffmpeg, "-version"], check=True, capture_output=True, text=True).stdout.split()[2]
     title = f"Export to {options.format}: seconds, and memory taken (PyAV {av.__version__}, ffmpeg {version})"
-    shown = (
-        f"python benchmarks/export.py --format '{options.format}' --frames {options.frames} --size {options.size} --rounds {options.rounds}"
-    )
-    record("export", title, shown, rows, append=not options.dry)
+    record("export", title, rows, append=not options.dry)
 
 
 if __name__ == "__main__":

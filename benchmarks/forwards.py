@@ -8,7 +8,6 @@ waiting for weights, or for the host. Clocks and power are nvidia-smi's, average
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from statistics import mean, median
 
 import torch
-from parallel import ROOT, place
+from parallel import place
 from random_expert import random_expert, random_inputs
 from record import Row, record
 from wan_sharded.engine.parallel.crew import Crew, Share
@@ -114,8 +113,7 @@ def main() -> None:
             )
             rows.append(row)
             print(row, flush=True)
-    command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
-    record(a.name, "Forward by forward: seconds", command, rows, append=bool(a.name))
+    record(a.name, "Forward by forward: seconds", rows, append=bool(a.name))
 
 
 if __name__ == "__main__":

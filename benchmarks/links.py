@@ -8,7 +8,6 @@ values of the block before have arrived (engine/parallel/fetching.py). Seconds a
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from statistics import median
 from unittest import mock
 
 import torch
-from parallel import ROOT, keep_shares, place
+from parallel import keep_shares, place
 from random_expert import random_expert, random_inputs
 from record import Row, record
 from wan_sharded.engine.parallel import blocks as blocks_module
@@ -102,8 +101,7 @@ def main() -> None:
                 row.note = f"{where}; {' '.join(f'{s * 1e3:.1f}' for s in seconds)} ms"
                 rows.append(row)
                 print(row, flush=True)
-    command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
-    record(a.name, "Copies between two GPUs: seconds of one block", command, rows, append=bool(a.name))
+    record(a.name, "Copies between two GPUs: seconds of one block", rows, append=bool(a.name))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ copying over the link alone, and safetensors' own ``safe_open`` with ``.to("cuda
 
 import argparse
 import json
-import os
 import shutil
 import struct
 import sys
@@ -260,8 +259,7 @@ def main() -> None:
             one.owner.release()
         for file in pair:
             file.unlink()
-    command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
-    record(a.name, "Loading both experts from files in the page cache: seconds", command, rows, append=bool(a.name))
+    record(a.name, "Loading both experts from files in the page cache: seconds", rows, append=bool(a.name))
 
 
 def lora_rows(one: Loading, folder: Path, layers: int) -> list[Row]:

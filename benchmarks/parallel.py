@@ -330,8 +330,7 @@ def main() -> None:
     for fsdp in (True, False) if gpus > 1 else ():
         if wanted("ulysses_fsdp" if fsdp else "ulysses"):
             rows += ulysses_rows(sizes, a.layers, a.repeats, references, fsdp)
-    command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
-    record(a.name, "One forward: seconds, peak of tensors on each GPU, error against diffusers' bf16", command, rows, append=bool(a.name))
+    record(a.name, "One forward: seconds, peak of tensors on each GPU, error against diffusers' bf16", rows, append=bool(a.name))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ them. LoRAs beside the product are timed as well.
 """
 
 import argparse
-import os
-import sys
 
 import parallel  # sets the pack up
 import torch
-from parallel import ROOT, clean, diffusers_row, relative, sharded_row, timed_forward
+from parallel import clean, diffusers_row, relative, sharded_row, timed_forward
 from random_expert import diffusers_model, random_inputs
 from record import Row, record
 from wan_sharded.engine.parallel.workers import Worker
@@ -72,9 +70,8 @@ def main() -> None:
             reference = None if "LoRA" in what else outputs
             workers = [Worker(0, torch.device("cuda:0"))]
             rows.append(sharded_row(case, inputs, a.layers, a.repeats, workers, what=f"wan-sharded {what}", reference=reference, **options))
-    command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
     title = "Weights in few bits, one forward: seconds, peak of tensors, error against float32 (small size) or diffusers' bf16"
-    record(a.name, title, command, rows, append=bool(a.name))
+    record(a.name, title, rows, append=bool(a.name))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import re
+import shlex
+import sys
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -66,12 +68,17 @@ def device_words() -> str:
     return ", ".join(f"{names.count(name)} x {name}" for name in sorted(set(names)))
 
 
-def record(name: str, title: str, command: str, rows: list[Row], *, append: bool = True) -> str:
-    """Print a table, append it to RESULTS.md, write results/<name>.json; returns the table."""
+def command() -> str:
+    """How this process was started, as from the repository's folder."""
+    return shlex.join(["python", os.path.relpath(sys.argv[0], FOLDER.parent), *sys.argv[1:]])
+
+
+def record(name: str, title: str, rows: list[Row], *, append: bool = True) -> str:
+    """Print a table under how it was made, append it to RESULTS.md, write results/<name>.json; returns the table."""
     table = [
         f"## {title}",
         "",
-        f"`{command}` on {device_words()}, {date.today()}, {', '.join(f'{k} {v}' for k, v in versions().items())}",
+        f"`{command()}` on {device_words()}, {date.today()}, {', '.join(f'{k} {v}' for k, v in versions().items())}",
         "",
     ]
     table += ["| size | what | GPUs | weights | seconds | peak per GPU, GiB | host, GiB | rel. error | note |", "| --- " * 9 + "|"]

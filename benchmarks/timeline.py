@@ -9,7 +9,6 @@ itself takes time, so the seconds are those of forwards without it.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from parallel import ROOT, place, settled, timed_forward
+from parallel import place, settled, timed_forward
 from random_expert import random_expert, random_inputs
 from record import Row, record
 from torch.profiler import ProfilerActivity, profile
@@ -179,8 +178,7 @@ def main() -> None:
     for gpus in counts:
         for size in a.size.split(","):
             rows += measure(expert, gpus, size, a.layers, a.repeats, a.kernels)
-    command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
-    record(a.name, "Where the time of a forward goes: milliseconds a block", command, rows, append=bool(a.name))
+    record(a.name, "Where the time of a forward goes: milliseconds a block", rows, append=bool(a.name))
 
 
 if __name__ == "__main__":

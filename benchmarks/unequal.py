@@ -8,11 +8,10 @@ green context of the last GPU: kernels queued on its stream have so many multipr
 """
 
 import argparse
-import os
 import sys
 
 import torch
-from parallel import ROOT, clean, keep_shares, place, relative, settled, timed_forward
+from parallel import clean, keep_shares, place, relative, settled, timed_forward
 from random_expert import random_expert, random_inputs
 from record import Row, record
 from wan_sharded.engine.parallel.crew import Crew, Share
@@ -82,8 +81,7 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
         clean()
-    command = f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}"
-    record(a.name, "GPUs of different speed: seconds of one forward", command, rows, append=bool(a.name))
+    record(a.name, "GPUs of different speed: seconds of one forward", rows, append=bool(a.name))
 
 
 if __name__ == "__main__":

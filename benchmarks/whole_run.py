@@ -227,7 +227,7 @@ def main() -> None:
         rows.append(guide_case(a.checkpoint, shape, [g - 5 for g in a.gib], a.gib, baseline))
     title = f"Whole run, sliders {' and '.join(f'{g:g}' for g in a.gib)} GiB: seconds per step of one forward"
     print(f"allocator {torch.cuda.get_allocator_backend()} {os.environ.get('PYTORCH_CUDA_ALLOC_CONF')}", flush=True)
-    record(a.name, title, f"python {' '.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}", rows, append=bool(a.name))
+    record(a.name, title, rows, append=bool(a.name))
 
 
 if __name__ == "__main__":

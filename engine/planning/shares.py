@@ -64,8 +64,8 @@ class MeasuredSeconds:
     """How long devices were busy with their shares in the forwards since the shares were last changed.
 
     Shares that follow every single forward never settle, and each change of sizes makes the allocators ask for memory anew. The first
-    forward of new sizes is not looked at: it holds devices up, and those that are held up are cooler and compute faster then. By what was
-    measured in it, shares would change again, and so on.
+    forward of new sizes is not looked at: it may hold devices up, and those that were held up compute faster for a moment (their limit is
+    power), so that shares would change again by what was measured in it.
     """
 
     def __init__(self) -> None:

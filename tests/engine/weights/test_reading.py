@@ -299,3 +299,9 @@ def test_the_end_goes_missing_while_it_is_read(reader: TensorReader, tmp_path: P
     stored_in(stored.file, any_bytes(20 * PIECE))
     reader.read_into([(stored, target)])
     assert torch.equal(target, any_bytes(20 * PIECE)), "once it is there again"
+
+
+def test_for_nothing_no_thread_is_made(reader: TensorReader) -> None:
+    before = threading.active_count()
+    reader.begin([]).wait()
+    assert threading.active_count() == before
