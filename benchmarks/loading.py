@@ -8,6 +8,7 @@ copying over the link alone, and safetensors' own ``safe_open`` with ``.to("cuda
 
 import argparse
 import json
+import os
 import shutil
 import struct
 import sys
@@ -24,6 +25,8 @@ pack = ModuleType("wan_sharded")
 pack.__path__ = [str(ROOT)]
 sys.modules["wan_sharded"] = pack
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+# One GPU has one link; several would share the experts.
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
@@ -233,7 +236,14 @@ def main() -> None:
         shutil.copyfile(*pair)
         both = 2 * pair[0].stat().st_size
         case = f"both experts, {form} file"
-        for threads, chunk, by_turns in ((1, CHUNK, 1), (8, CHUNK, 1), (8, SMALL_CHUNK, 2), (8, SMALL_CHUNK, 1), (16, SMALL_CHUNK, 1)):
+        for threads, chunk, by_turns in (
+            (1, CHUNK, 1),
+            (8, CHUNK, 1),
+            (8, SMALL_CHUNK, 2),
+            (12, SMALL_CHUNK, 2),
+            (8, SMALL_CHUNK, 1),
+            (16, SMALL_CHUNK, 1),
+        ):
             words = f"reading alone, {threads} thread{'s' if threads > 1 else ''}, {chunk // 1024**2} MiB each at a time"
             words += ", two buffers by turns" if by_turns > 1 else ""
             rows.append(rate(case, words, form, both, sum(read_alone(file, threads, chunk, by_turns) for file in pair)))
