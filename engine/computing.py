@@ -60,7 +60,7 @@ class Computing:
         placement = plan.placements[HIGH_NOISE]
         key = (tuple(b.device.torch_device for b in plan.budgets), placement.main_device, plan.shape)
         if self.crew is None or self._key != key:
-            speeds = self._speeds_now()
+            speeds = self.block_speeds
             shares = [
                 Share(Worker(b.device.index, torch.device(b.device.torch_device)), speeds.get(b.device.index, plan.shares[b.device.index]))
                 for b in plan.budgets
@@ -74,8 +74,10 @@ class Computing:
             share.range_tokens, _ = self._ranges(plan, index)
         return self.crew
 
-    def _speeds_now(self) -> dict[int, float]:
-        """What is known of the workers from another size; a guess for this one."""
+    @property
+    def block_speeds(self) -> dict[int, float]:
+        """Device index -> its speed at blocks, as measured so far, in proportion to the others'; of another size, a guess for this one. Nothing
+        where none was."""
         if self.crew is None or not all(worker.is_timed for worker in self.crew.workers):
             return {}
         return {share.worker.index: share.speed for share in self.crew.shares}

@@ -220,6 +220,11 @@ class LoadedModel:
 
     # ---- what a run says of itself
 
+    @property
+    def block_speeds(self) -> dict[int, float]:
+        """Device index -> its measured speed at blocks, in proportion to the others'; nothing where none was measured."""
+        return self.computing.block_speeds
+
     def timings(self) -> dict[int, Timing]:
         """Device index -> what the latest forward took of it, where all devices compute at once."""
         return timings_of(self._calls)

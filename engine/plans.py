@@ -19,6 +19,7 @@ from .planning.footprint import VideoShape, transformer_activation_bytes, worker
 from .planning.forecast import WORSE_BY, Forecast, Work, forecast, speed_shares
 from .planning.placement import HOST, Placement, place_expert
 from .planning.remedies import check_host_memory, length_remedy
+from .planning.shares import proportions
 from .weights.expert import CPU, Expert
 from .weights.precision import Precision
 
@@ -35,6 +36,11 @@ class PlannedModel(Protocol):
     @property
     def experts(self) -> Mapping[str, Expert]:
         """Both experts by part name."""
+        ...
+
+    @property
+    def block_speeds(self) -> Mapping[int, float]:
+        """Device index -> its measured speed at blocks, in proportion to the others'; nothing where none was measured."""
         ...
 
     def resident_bytes(self, device: torch.device) -> int:
@@ -137,6 +143,9 @@ class _Planner:
     def shares(self, way: _Way) -> dict[int, float]:
         if not way.parallel:
             return {b.device.index: 1.0 for b in way.budgets}
+        measured = {b.device.index: self.loaded.block_speeds.get(b.device.index, 0.0) for b in way.budgets}
+        if all(measured.values()):
+            return proportions(measured)
         return speed_shares({b.device.index: b.device for b in way.budgets})
 
     def place(self, way: _Way, size: VideoShape, *, remedies: bool = True) -> dict[str, Placement]:

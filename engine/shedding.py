@@ -1,18 +1,23 @@
 """After an out-of-memory: which device it was, and what leaves it for good."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from . import probe
 from .checkpoints.stored import HIGH_NOISE
+from .handle import ModelHandle
 from .loaded import LoadedModel
 from .planning.devices import GIB, DeviceInfo
 from .planning.placement import HOST
+from .plans import Plan
 
 # What moves to the host at a time when a forward runs out of memory.
 SHED_BYTES = GIB
+# What a slider should be lowered by after all else has failed, the first that can be planned: about what other programs and fragmentation take.
+LOWER_BY_GIB = (1.5, 1.0, 0.5)
 
 
 def failed_device(loaded: LoadedModel, message: str) -> DeviceInfo:
@@ -74,6 +79,30 @@ def shed(loaded: LoadedModel, index: int, part: str) -> str:
     loaded.set_plan(replace(plan, placements=placements))
     probe.release_cached([b.device.torch_device for b in plan.budgets])
     return f"{len(gone)} blocks"
+
+
+def relieving_settings(handle: ModelHandle, plan: Plan, index: int, can_plan: Callable[[ModelHandle], bool]) -> str:
+    """Settings by which less of a device would be used, as the beginning of a sentence; nothing where none can be planned.
+
+    Args:
+        handle: how the model was to be spread.
+        plan: the one that failed.
+        index: the device that ran out.
+        can_plan: whether a plan is found for a handle.
+    """
+    limit_gib = plan.budget(index).limit_bytes / GIB
+    values = dict.fromkeys(max(0.5, int((limit_gib - by) * 2) / 2) for by in LOWER_BY_GIB)
+
+    def with_slider(value: float, offload: str = handle.offload) -> ModelHandle:
+        return replace(handle, offload=offload, max_memory_gib={**handle.max_memory_gib, index: value})
+
+    for offload in dict.fromkeys((handle.offload, "auto")):
+        for value in values:
+            if value < limit_gib and can_plan(with_slider(value, offload)):
+                return f"set {'' if offload == handle.offload else 'offload to auto and '}its slider to {value:g}, "
+    if len(plan.budgets) > 1 and can_plan(with_slider(-1)):
+        return "leave it out (set its slider to -1), "
+    return ""
 
 
 def _waiting_on(loaded: LoadedModel, index: int, part: str) -> list[tuple[str, str]]:

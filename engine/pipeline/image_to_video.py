@@ -20,9 +20,9 @@ from ..memory_errors import is_out_of_memory
 from ..owner import ModelOwner
 from ..planning.bars import Bar
 from ..planning.budgets import NO_RESERVE, Reserve
-from ..planning.devices import GIB, Machine, gib
+from ..planning.devices import Machine, gib
 from ..reports import plan_bars, plan_report
-from ..shedding import failed_device
+from ..shedding import failed_device, relieving_settings
 from ..system_memory import is_out_of_system_memory, out_of_system_memory_words
 from .callbacks import Callbacks, StepReport
 from .request import ImageToVideoRequest, fill_frame
@@ -32,9 +32,6 @@ from .text import MAX_TOKENS, PromptEmbeddings
 from .vae import ModelVae, PipelineVae, VideoVae, frames_from_video, latents_for_decoding
 
 logger = logging.getLogger(__name__)
-
-# What a slider should be lowered by after all else has failed: about what other programs and fragmentation take.
-LOWER_BY_GIB = 1.5
 
 
 @dataclass(frozen=True)
@@ -106,22 +103,31 @@ class ImageToVideo:
                     raise PlacementError(out_of_system_memory_words(error)) from error
                 if not is_out_of_memory(error):
                     raise
-                words = self._out_of_memory_words(str(error))
+                words = self._out_of_memory_words(handle, request, reserve, str(error))
                 # The application may free memory and try again; what we hold must not be in its way.
                 self.owner.release()
                 raise torch.OutOfMemoryError(f"{words} ({error})") from error
 
-    def _out_of_memory_words(self, message: str) -> str:
-        """Which GPU it was, and the slider that would leave more for others."""
+    def _out_of_memory_words(self, handle: ModelHandle, request: ImageToVideoRequest, reserve: Reserve, message: str) -> str:
+        """Which GPU it was, and settings that leave more of it for others, where a plan is found with such."""
         loaded = self.owner.loaded
         if loaded is None or loaded.plan is None:
             return "Out of memory before anything was placed."
+        plan = loaded.plan
+
+        def can_plan(tried: ModelHandle) -> bool:
+            try:
+                self.owner.dry_plan(tried, plan.machine, request.shape, reserve=reserve)
+            except PlacementError:
+                return False
+            return True
+
         device = failed_device(loaded, message)
-        limit = loaded.plan.budget(device.index).limit_bytes
-        value = max(0.5, int((limit / GIB - LOWER_BY_GIB) * 2) / 2)
+        limit = plan.budget(device.index).limit_bytes
         return (
             f"{device.label} ran out of memory, and moving weights to system memory was not enough or not allowed. It was used up to "
-            f"{gib(limit)}: set its slider to {value:g}, make the video smaller or shorter, or close other programs that use it."
+            f"{gib(limit)}: {relieving_settings(handle, plan, device.index, can_plan)}make the video smaller or shorter, or close other "
+            "programs that use it."
         )
 
     @staticmethod
@@ -150,6 +156,8 @@ class _Run:
         self.loading_seconds: list[float] = []
 
     def make(self, vae: VideoVae | None) -> VideoResult:
+        for line in plan_report(self.plan).splitlines():
+            logger.info("Planned: %s", line)
         for budget in self.plan.budgets:
             probe.reset_peak(budget.device.torch_device)
         # First, because what is wrong with it should not wait for the text encoder.

@@ -43,16 +43,17 @@ class ShardedTransformer:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``WanTransformer3DModel.forward``; outputs come back on the device of ``hidden_states``.
 
-        A forward that runs out of memory is repeated with more blocks on the host: it changes nothing but its output.
+        A forward that runs out of memory is repeated with more blocks on the host: it changes nothing but its output. What it handed over to
+        the other expert leaves first, and no more is handed over then.
         """
-        calls = self._callbacks
+        calls, may_hand_over = self._callbacks, True
         while True:
             failed_on = None
             try:
                 began = time.perf_counter()
                 forward = self._loaded.activate(self._part, calls.check_cancelled, calls.on_load, calls.on_stage)
                 self.loading_s += time.perf_counter() - began
-                if self.successor is not None and self.forwards_left == 1:
+                if self.successor is not None and self.forwards_left == 1 and may_hand_over:
                     self._loaded.hand_over_behind(self._part, self.successor)
                 output = forward(*args, **kwargs)
                 self._loaded.computing.forwards_left -= 1
@@ -66,6 +67,7 @@ class ShardedTransformer:
                     raise
             finally:
                 self._loaded.after_forward(self._part)
+            may_hand_over = False
             # Only here, with the exception and the activations its frames hold gone, is there memory again.
             moved = shed(self._loaded, failed_on.index, self._part)
             self._note(f"{failed_on.label} ran out of memory; {moved} moved to system memory and the step was repeated.")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from .budgets import Budget
+from .budgets import CONTEXT_BYTES, Budget
 from .devices import gib
 from .forecast import Forecast
 from .placement import HOST, Placement
@@ -63,12 +63,14 @@ def _home_line(label: str, placement: Placement, home: int | str) -> list[str]:
 
 def _device_line(budget: Budget, placements: list[Placement], measured: Mapping[int, int] | None) -> str:
     index = budget.device.index
-    peak = max(placement.predicted_peak_bytes(index) for placement in placements)
+    # As the slider, everything included.
+    context = CONTEXT_BYTES if budget.device.is_gpu else 0
+    peak = max(placement.predicted_peak_bytes(index) for placement in placements) + context
     limit = f"automatic limit {gib(budget.limit_bytes)}" if budget.automatic else f"slider {gib(budget.limit_bytes)}"
     words = f"{budget.device.label}: {gib(peak)} for the expert at work, {limit}"
     if measured and index in measured and budget.device.is_gpu:
         # What is spare holds the waiting expert, and before and after the blocks the text encoder and the VAE.
-        words += f", measured {gib(measured[index])} over the whole run"
+        words += f", measured {gib(measured[index] + context)} over the whole run"
     return words
 
 

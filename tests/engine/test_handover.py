@@ -3,6 +3,7 @@
 On real ones: tests/gpu/test_gpus.py.
 """
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from wan_sharded.engine import loaded as loaded_module
 from wan_sharded.engine import open_model
 from wan_sharded.engine.errors import CheckpointError
 from wan_sharded.engine.handover import Handover
+from wan_sharded.engine.parallel.blocks import BlockLoop
 from wan_sharded.engine.planning.placement import HOST
 
 
@@ -73,7 +75,7 @@ def test_blocks_take_each_others_place_behind_the_last_forward(
 def test_a_handover_in_a_forward_that_runs_out_of_memory(
     bench: Callable[..., Bench], checkpoint: Path, make_request, handed_over: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The blocks that left come back, and the forward is repeated."""
+    """The blocks that left come back, and the forward is repeated, without another try."""
     expert = TinyExpert(checkpoint, "fp32")
     one = bench()
     handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", max_memory_gib=sliders(expert, make_request, 1.3))
@@ -89,9 +91,42 @@ def test_a_handover_in_a_forward_that_runs_out_of_memory(
     monkeypatch.setattr(Handover, "block_done", out_of_memory)
     handed_over.clear()
     result = one.run(handle)
-    assert failed and handed_over[0] == [0, 1, 2, 3, 4] and len(handed_over[1]) > 0
+    assert failed and handed_over == [[0, 1, 2, 3, 4]]
     assert any("the step was repeated" in note for note in result.notes)
     assert torch.equal(result.frames, expected)
+
+
+def test_a_forward_that_never_fits_ends(
+    bench: Callable[..., Bench], checkpoint: Path, make_request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has handed over leaves once; then its own blocks do, and then it is said."""
+    expert = TinyExpert(checkpoint, "fp32")
+    one = bench()
+    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", max_memory_gib=sliders(expert, make_request, 1.3))
+    expected = one.run(handle).frames
+    block_done, handed_over = Handover.block_done, []
+    run_block, failed = BlockLoop._run_block, []
+
+    def watched(handover: Handover, number: int, marks: list) -> None:
+        block_done(handover, number, marks)
+        handed_over.append(number)
+
+    def out_of_memory(loop: BlockLoop, states: list, block: int, *, timed: bool) -> None:
+        if block == 6 and handed_over:
+            failed.append(block)
+            assert len(failed) < 20, "for ever"
+            raise torch.OutOfMemoryError("GPU 0 ran out, it is imagined")
+        run_block(loop, states, block, timed=timed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Handover, "block_done", watched)
+        patch.setattr(BlockLoop, "_run_block", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError, match="moving weights to system memory was not enough"):
+            one.run(handle)
+    assert failed and handed_over == [0, 1, 2, 3, 4, 5]
+    gc.collect()
+    assert one.owner.loaded is None and one.gpus.live_bytes(0) == 0
+    assert torch.equal(one.run(handle).frames, expected)
 
 
 def test_a_run_that_is_cancelled_in_a_handover(

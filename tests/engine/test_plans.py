@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from imagined_machine import TinyExpert, gpu, machine
 from wan_sharded.engine import open_model
+from wan_sharded.engine.computing import Computing
 from wan_sharded.engine.errors import PlacementError
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo
@@ -41,6 +42,17 @@ def test_all_gpus_take_part_where_nothing_speaks_against_it(tiny_checkpoint: Pat
     alone = plan_of(tiny_checkpoint, timed(0))
     assert plan.expected is not None and alone.expected is not None
     assert plan.expected.seconds == pytest.approx(alone.expected.seconds / sum(speeds))
+
+
+def test_shares_follow_measured_blocks(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a product in a moment says of a GPU that another program used then need not stay so."""
+    gpus = [timed(0), timed(1), timed(2)]
+    monkeypatch.setattr(Computing, "block_speeds", {0: 0.75, 1: 0.25, 2: 0.5})
+    assert plan_of(tiny_checkpoint, *gpus).shares == pytest.approx({0: 0.5, 1: 1 / 6, 2: 1 / 3})
+    assert plan_of(tiny_checkpoint, *gpus[:2]).shares == pytest.approx({0: 0.75, 1: 0.25})
+    assert plan_of(tiny_checkpoint, *gpus[:2], execution="sequential").shares == {0: 1.0, 1: 1.0}
+    monkeypatch.setattr(Computing, "block_speeds", {0: 0.75})
+    assert plan_of(tiny_checkpoint, *gpus[:2]).shares == {0: 0.5, 1: 0.5}, "of one of them nothing is known"
 
 
 def test_all_gpus_take_part_where_speeds_are_unknown(tiny_checkpoint: Path) -> None:

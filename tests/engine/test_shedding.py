@@ -4,16 +4,21 @@ On imagined GPUs that count every byte.
 """
 
 import gc
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from engine_bench import MIB, Bench, sliders
 from imagined_machine import TinyExpert
-from wan_sharded.engine import open_model
+from wan_sharded.engine import ModelHandle, open_model
 from wan_sharded.engine.errors import PlacementError
+from wan_sharded.engine.planning.devices import GIB
 from wan_sharded.engine.planning.placement import HOST
+from wan_sharded.engine.shedding import relieving_settings
 from wan_sharded.engine.weights.host_memory import HostPool
 
 
@@ -45,13 +50,46 @@ def test_what_cannot_be_helped_is_raised_and_everything_let_go(bench: Callable[.
     """So that ComfyUI can unload models and report it; and the next run works."""
     one = bench(capacity={0: 8 * MIB})
     handle = open_model(checkpoint, weight_dtype="fp32", offload="none")
-    with pytest.raises(torch.OutOfMemoryError, match=r"GPU 0 .* set its slider to [\d.]+"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"GPU 0 .* was used up to 61.2 GiB: set its slider to 59.5, make the video smaller"):
         one.run(handle)
     gc.collect()
     assert one.owner.loaded is None
     assert one.gpus.live_bytes(0) == 0
     one.gpus.capacity.clear()
     assert torch.isfinite(one.run(handle).frames).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "slider", "advice"),
+    [(1, 2.5, "set its slider to 1.5, make"), (1, 1.5, "make"), (2, 1.5, "set its slider to 0.5, make")],
+)
+def test_what_is_advised_can_be_planned(bench: Callable[..., Bench], checkpoint: Path, count: int, slider: float, advice: str) -> None:
+    one = bench(count, capacity=dict.fromkeys(range(count), MIB))
+    handle = open_model(checkpoint, weight_dtype="fp32", offload="none", max_memory_gib=dict.fromkeys(range(count), slider))
+    with pytest.raises(torch.OutOfMemoryError, match=re.escape(f"used up to {slider:.1f} GiB: {advice} the video smaller")):
+        one.run(handle)
+    one.gpus.capacity.clear()
+    if "slider" in advice:
+        lowered = 0.5 if count > 1 else 1.5
+        other = open_model(checkpoint, weight_dtype="fp32", offload="none", max_memory_gib={**handle.max_memory_gib, 0: lowered})
+        assert torch.isfinite(one.run(other).frames).all()
+
+
+@pytest.mark.parametrize(
+    ("can_plan", "words"),
+    [
+        (lambda tried: True, "set its slider to 10.5, "),
+        (lambda tried: tried.max_memory_gib[0] >= 11, "set its slider to 11, "),
+        (lambda tried: tried.offload == "auto" and tried.max_memory_gib[0] >= 11.5, "set offload to auto and its slider to 11.5, "),
+        (lambda tried: tried.max_memory_gib[0] < 0, "leave it out (set its slider to -1), "),
+        (lambda tried: False, ""),
+    ],
+)
+def test_the_mildest_setting_that_relieves_most_is_advised(checkpoint: Path, can_plan: Callable[[ModelHandle], bool], words: str) -> None:
+    handle = open_model(checkpoint, offload="none", max_memory_gib={0: 12.0, 1: 8.0})
+    limits = [SimpleNamespace(limit_bytes=int(gib * GIB)) for gib in (12, 8)]
+    plan: Any = SimpleNamespace(budgets=limits, budget=limits.__getitem__)
+    assert relieving_settings(handle, plan, 0, can_plan) == words
 
 
 def test_a_system_without_memory_says_so_and_everything_is_let_go(

@@ -101,7 +101,7 @@ def exact_products():
 
 
 @pytest.mark.parametrize("staged", [False, True])
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_fifty_forwards_with_fresh_inputs_delays_and_poison(make_checkpoint, staged, count, batch):
     random.seed(count)
