@@ -248,7 +248,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _scan(root: str, stamp: tuple[int, ...]) -> tuple[str, ...]:
     """Wan folders one and two levels below a root; cached, because schemas ask at every request."""
     candidates = _subfolders(Path(root))
-    nested = [sub for path in candidates if not (path / "model_index.json").is_file() for sub in _subfolders(path)]
+    nested = [sub for path in candidates if not os.path.isfile(path / "model_index.json") for sub in _subfolders(path)]
     return tuple(path.relative_to(root).as_posix() for path in (*candidates, *nested) if is_diffusers_folder(path))
 
 

@@ -1,6 +1,7 @@
 """What the ``WAN_SHARDED_MODEL`` socket carries: a description of what to load, without the weights."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,7 +129,7 @@ def with_loras(handle: ModelHandle, *, high_noise: Iterable[Lora] = (), low_nois
 
 
 def _check_lora_choice(file: Path, strength: float, part: str) -> None:
-    if not math.isfinite(strength):
+    if not isinstance(strength, int | float) or not math.isfinite(strength):
         raise InvalidRequestError(f"The strength of {file.name} is {strength}; choose a number, 1 is usual.")
     level = noise_level(file.name)
     if level is not None and level != _LEVELS[part]:
@@ -141,7 +142,7 @@ def _check_lora_choice(file: Path, strength: float, part: str) -> None:
 def _model_folder(model: str, has_experts: bool, on_download: OnProgress | None) -> Path | None:
     """The folder of a model; ``None`` for one of the Hub that is not here and whose experts, nearly all of it, are not needed."""
     path = Path(model)
-    if path.exists() or not is_hub_id(model):
+    if os.path.exists(path) or not is_hub_id(model):
         return path
     return cached_folder(model) if has_experts else download_model(model, on_download)
 
@@ -149,7 +150,7 @@ def _model_folder(model: str, has_experts: bool, on_download: OnProgress | None)
 def _beside(high_noise: Path | None, low_noise: Path | None) -> tuple[Path | None, Path | None, list[str]]:
     """Both experts' files; where one is given, the other from the same folder, with a note."""
     given = high_noise or low_noise
-    if given is None or not given.is_file():
+    if given is None or (high_noise and low_noise) or not os.path.isfile(given):
         return high_noise, low_noise, []
     names = sorted(file.name for file in given.parent.iterdir())
     high, low, notes = with_partner(*(file.name if file else None for file in (high_noise, low_noise)), choices=names)

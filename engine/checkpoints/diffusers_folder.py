@@ -4,6 +4,7 @@ Checking reads configurations and headers only, so a broken model is named withi
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from .stored import (
 
 SUPPORTED_PIPELINES = ("WanImageToVideoPipeline",)
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+# More are no number of a block.
+_BLOCK_DIGITS = 6
 
 
 def is_diffusers_folder(path: Path) -> bool:
@@ -40,9 +43,9 @@ def open_diffusers_folder(path: Path) -> ModelFiles:
     Raises:
         CheckpointError: it is no Wan 2.2 I2V model in diffusers format, or a part is missing or damaged.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(f"There is no folder {path}. Check the name, or choose another model.")
-    if not (path / "model_index.json").is_file():
+    if not os.path.isfile(path / "model_index.json"):
         raise CheckpointError(
             f"{path} holds no model in diffusers format (model_index.json is missing). Choose a folder like a download of "
             "Wan-AI/Wan2.2-I2V-A14B-Diffusers, with transformer, transformer_2, vae, text_encoder, tokenizer and scheduler inside."
@@ -57,10 +60,10 @@ def open_diffusers_folder(path: Path) -> ModelFiles:
             "noise expert. Choose Wan-AI/Wan2.2-I2V-A14B-Diffusers or a model made from it."
         )
     for part in (HIGH_NOISE, LOW_NOISE, "vae", "text_encoder"):
-        if not (path / part / "config.json").is_file():
+        if not os.path.isfile(path / part / "config.json"):
             word = EXPERT_WORDS.get(part, part.replace("_", " "))
             raise CheckpointError(f"{path.name} lacks its {word}: {part}/config.json is missing. Complete the download.")
-    if not (path / "tokenizer").is_dir():
+    if not os.path.isdir(path / "tokenizer"):
         raise CheckpointError(f"{path.name} lacks its tokenizer folder. Complete the download.")
     experts = {part: _expert_files(path / part) for part in (HIGH_NOISE, LOW_NOISE)}
     for part in ("vae", "text_encoder"):
@@ -123,7 +126,7 @@ def _expert_files(folder: Path) -> ComponentFiles:
 def _block_number(tensor: str) -> str:
     head, _, rest = tensor.partition("blocks.")
     number = rest.partition(".")[0]
-    return number if not head and number.isascii() and number.isdigit() else ""
+    return number if not head and number.isascii() and number.isdigit() and len(number) <= _BLOCK_DIGITS else ""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -135,16 +138,16 @@ def weight_files(folder: Path) -> list[Path]:
     for stem in _WEIGHT_STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         single = folder / f"{stem}.safetensors"
-        if index.is_file():
+        if os.path.isfile(index):
             weight_map = _read_json(index).get("weight_map")
             names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
             if not names:
                 raise CheckpointError(f"{folder.name}/{index.name} names no weight files. Download it again.")
-            missing = [name for name in names if not (folder / name).is_file()]
+            missing = [name for name in names if not os.path.isfile(folder / name)]
             if missing:
                 raise CheckpointError(f"{folder.parent.name}/{folder.name} lacks {', '.join(missing)}. Complete the download.")
             return [folder / name for name in names]
-        if single.is_file():
+        if os.path.isfile(single):
             return [single]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise CheckpointError(f"{folder.name} holds only pickled weights (.bin, .pt), which can run code. Use a safetensors version.")
@@ -156,7 +159,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the file and its permissions.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid JSON. Download it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object. Download it again.")

@@ -32,6 +32,10 @@ class Kind:
 EXPERT = Kind("a Wan 2.2 I2V A14B expert", "Choose it as high_noise_model or low_noise_model.")
 LORA = Kind("a LoRA", "Put it into a Wan Sharded LoRA node behind the loader.")
 UMT5 = Kind("a UMT5 text encoder", "Choose it as text_encoder.")
+UMT5_GGUF = Kind(
+    "a UMT5 text encoder in GGUF",
+    "Choose one in safetensors as text_encoder, such as umt5_xxl_fp8_e4m3fn_scaled.safetensors.",
+)
 OTHER_T5 = Kind(
     "a T5 text encoder of another model", "Wan's is UMT5, such as umt5_xxl_fp8_e4m3fn_scaled.safetensors, chosen as text_encoder."
 )

@@ -9,9 +9,17 @@ from typing import Any
 from ..errors import CheckpointError
 from .stored import StoredTensor
 
-# The format's own limit; a longer header is damage or an attack.
-MAX_HEADER_BYTES = 100_000_000
+# The format allows 100 MB, which takes many seconds and some GB to look at. Real ones have a few hundred kB, or some MB with what their author says.
+MAX_HEADER_BYTES = 32_000_000
 
+# What other things that are saved under such a name begin with.
+_OTHERS = {
+    b"version ": "; it is a Git LFS pointer, not the file it stands for",
+    b"<": "; it is a web page",
+    b"PK\x03\x04": "; it is a ZIP archive or a pickled file",
+    b"\x80\x02": "; it is a pickled file",
+    b"GGUF": "; it is a GGUF file",
+}
 ELEMENT_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64,
@@ -37,7 +45,8 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
             length_field = file.read(8)
             header_length = struct.unpack("<Q", length_field)[0] if len(length_field) == 8 else 0
             if not 2 <= header_length <= min(MAX_HEADER_BYTES, max(size - 8, 0)):
-                raise CheckpointError(f"{name} is no complete safetensors file ({size} bytes). Download it again.")
+                what = next((words for begin, words in _OTHERS.items() if length_field.startswith(begin)), "")
+                raise CheckpointError(f"{name} is no complete safetensors file ({size} bytes{what}). Download it again.")
             raw = file.read(header_length)
     except OSError as error:
         raise CheckpointError(

@@ -7,6 +7,7 @@ model, its configuration, is read off the tensors: no network, no config.json.
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from ..errors import CheckpointError
 from .gguf_file import MAGIC as GGUF_MAGIC
 from .gguf_file import check_widenable, read_gguf_header
-from .recognise import CHOOSE_EXPERT, EXPERT, recognise, refusal
+from .recognise import CHOOSE_EXPERT, EXPERT, UMT5, UMT5_GGUF, recognise, refusal
 from .safetensors_header import read_header_and_metadata
 from .stored import LATENT_CHANNELS, ComponentFiles, StoredTensor
 from .wan_names import PREFIXES, block_number, diffusers_name, without_prefix
@@ -31,7 +32,14 @@ _IGNORED = ("scale_input", "input_scale", "comfy_quant", "scaled_fp8")
 _SCALE_DTYPES = ("F32", "F16", "BF16")
 _DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8")
 # ComfyUI's names of what is one number, or one a row, times the values.
-_FORMATS = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e5m2", "int8_tensorwise", "int8_rowwise")
+_FORMATS = {
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fn_rowwise": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int8_tensorwise": "I8",
+    "int8_rowwise": "I8",
+}
+_FEW_BITS = frozenset(_FORMATS.values())
 _MARK_BYTES = 4096
 _CHOOSE_FORM = "Choose a bf16, fp16, fp8_scaled or GGUF version of the model."
 
@@ -76,7 +84,7 @@ def open_expert_file(path: Path) -> ComponentFiles:
         )
     kind = recognise(stored)
     if kind is not EXPERT:
-        raise refusal(path.name, kind)
+        raise refusal(path.name, UMT5_GGUF if is_gguf and kind is UMT5 else kind)
     own = _without_others(stored)
     _check_formats(path, own, metadata)
     tensors = _with_scales(path.name, own)
@@ -94,13 +102,15 @@ def _is_gguf(path: Path) -> bool:
         raise CheckpointError(
             f"{path.name} is a pickled file ({suffix}), which can run code. Use a .safetensors or .gguf version of the model."
         )
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CheckpointError(f"{path.name} is a folder, not a file. Choose it as model, if it is a model in diffusers format.")
     try:
         with path.open("rb") as file:
             begin = file.read(4)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the file and its permissions.") from error
+    except (OSError, ValueError) as error:  # the latter of names that can be none
+        raise CheckpointError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}. Check the file and its permissions."
+        ) from error
     if begin == _ZIP_MAGIC:
         raise CheckpointError(f"{path.name} is a ZIP archive or a pickled file, which can run code. Use a .safetensors or .gguf version.")
     if begin == GGUF_MAGIC or suffix == ".gguf":
@@ -138,6 +148,10 @@ def _check_formats(path: Path, stored: Mapping[str, StoredTensor], metadata: Map
     for module, described in formats.items():
         if f"{module}.weight" in stored:
             _check_format(path.name, module, described)
+            _check_marked(path.name, module, stored, _FORMATS[described["format"] if isinstance(described, dict) else described])
+    matrices = [tensor for tensor in stored.values() if tensor.dtype in _FEW_BITS and len(tensor.shape) == 2]
+    if "scaled_fp8" in stored and matrices and not any(key.endswith(_SCALES) for key in stored):
+        raise CheckpointError(f"{path.name} lacks the scales of its fp8 weights, without which they mean nothing. Download it again.")
 
 
 def _formats_in_metadata(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -165,8 +179,17 @@ def _check_format(name: str, module: str, described: Any) -> None:
     nested = described.get("params")
     if described.get("convrot") or (isinstance(nested, dict) and nested.get("convrot")):
         raise CheckpointError(f"{name} keeps {module} as rotated (convrot) values, which can't be read here. {_CHOOSE_FORM}")
-    if described.get("format") not in _FORMATS:
+    if described.get("format") not in list(_FORMATS):
         raise CheckpointError(f"{name} keeps {module} in the format {described.get('format')}, which can't be read here. {_CHOOSE_FORM}")
+
+
+def _check_marked(name: str, module: str, stored: Mapping[str, StoredTensor], dtype: str) -> None:
+    """Check that a weight which is marked as one of so few bits is that, and has its scale."""
+    weight = stored[f"{module}.weight"]
+    if weight.dtype in _FEW_BITS and weight.dtype != dtype:
+        raise CheckpointError(f"{name}: {weight.key} is {weight.dtype}, but marked as {dtype}. Download it again.")
+    if weight.dtype in _FEW_BITS and not any(f"{module}.{scale}" in stored for scale in _SCALES):
+        raise CheckpointError(f"{name} lacks the scale of {weight.key}, without which it means nothing. Download it again.")
 
 
 def _with_scales(name: str, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -65,8 +65,8 @@ def open_wan_vae_file(path: Path) -> WanVaeFile:
     original = _ORIGINAL in stored
     if kind != VAE or not (original or _DIFFUSERS in stored):
         raise _refusal(path.name, stored)
-    tensors: dict[str, StoredTensor] = convert_wan_vae_to_diffusers(stored) if original else stored
     try:
+        tensors: dict[str, StoredTensor] = convert_wan_vae_to_diffusers(stored) if original else stored
         config = _config(tensors)
         with init_empty_weights():
             model: Any = AutoencoderKLWan(**config)

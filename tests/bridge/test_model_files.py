@@ -1,6 +1,8 @@
 """Which models and files the loader offers, and what a choice means. On a real ComfyUI's ``folder_paths``, whose folders are this test's own."""
 
 import dataclasses
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,13 +76,28 @@ def test_a_model_that_is_copied_while_the_server_runs(roots: dict[str, Path]) ->
 
 def test_damaged_folders_are_not_offered(roots: dict[str, Path]) -> None:
     index(roots["diffusers"] / "good")
-    for name, content in {"no json": b"{", "a list": b"[]", "no text": b"\xff\xfe", "empty": b""}.items():
+    for name, content in {"no json": b"{", "a list": b"[]", "no text": b"\xff\xfe", "empty": b"", "deep": b"[" * 200_000}.items():
         (roots["diffusers"] / name).mkdir()
         (roots["diffusers"] / name / "model_index.json").write_bytes(content)
     (roots["diffusers"] / "a folder" / "model_index.json").mkdir(parents=True)
     (roots["diffusers"] / "dangling").symlink_to(roots["diffusers"] / "nowhere", target_is_directory=True)
     (roots["diffusers"] / "circle").symlink_to(roots["diffusers"], target_is_directory=True)
     assert [name for name in offered() if not name.startswith("circle/")] == ["good"]
+
+
+def test_a_folder_that_may_not_be_looked_into_leaves_the_others(roots: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a drive's lost+found."""
+    index(roots["diffusers"] / "good")
+    index(roots["diffusers"] / "locked")
+    stat = os.stat
+
+    def refused(path: object, **options: bool) -> os.stat_result:
+        if "locked/" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert "good" in offered()
 
 
 def test_unknown_models_are_named_with_what_there_is(roots: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 """A model put together: what files replace, what must fit together, and what is said where it does not."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -253,6 +254,43 @@ def test_python_users_give_paths(experts: Files, parts: Files) -> None:
     )
     assert files_of(handle.model, LOW_NOISE) == {experts["low_noise"]}
     assert (handle.model.vae, handle.model.notes, handle.weight_dtype) == (parts["vae"], (), "int8")
+
+
+@pytest.mark.parametrize(("high", "low"), [("HighNoise/a-high", "LowNoise/a-low"), ("high/model", "low/model"), ("one/high", "two/low")])
+def test_two_paths_are_taken_as_they_are(experts: Files, tmp_path: Path, high: str, low: str) -> None:
+    """Also where the low noise expert's name is one of a file beside the high noise expert."""
+    chosen = {"high_noise": tmp_path / f"{high}.safetensors", "low_noise": tmp_path / f"{low}.safetensors"}
+    for slot, file in chosen.items():
+        file.parent.mkdir()
+        shutil.copy(experts[slot], file)
+    if chosen["high_noise"].name != chosen["low_noise"].name:
+        shutil.copy(experts["low_noise"], chosen["high_noise"].with_name(chosen["low_noise"].name))
+    model = open_model(high_noise_model=chosen["high_noise"], low_noise_model=chosen["low_noise"]).model
+    assert (files_of(model, HIGH_NOISE), files_of(model, LOW_NOISE)) == ({chosen["high_noise"]}, {chosen["low_noise"]})
+    assert model.notes == ()
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "a\0b.safetensors"])
+def test_names_that_can_be_none(name: str) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_model(high_noise_model=name, low_noise_model="low.safetensors")
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        open_model(f"./{name}")
+
+
+def test_a_folder_that_may_not_be_looked_into(experts: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = os.stat
+
+    def refused(path: object, **options: bool) -> os.stat_result:
+        if "locked" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", refused)
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        open_model("./locked/model")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_model(high_noise_model="locked/high.safetensors", low_noise_model=experts["low_noise"])
 
 
 def test_one_path_finds_the_other_beside_it(experts: Files) -> None:

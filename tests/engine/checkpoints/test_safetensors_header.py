@@ -67,6 +67,22 @@ def test_four_bit_elements_share_bytes(file: Path) -> None:
     assert (entry.dtype, entry.shape, entry.size_bytes) == ("F4", (5,), 3)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"PK\x03\x04" + b"\0" * 40, "a pickled file"),
+        (b"\x80\x02}q\x00." + b"\0" * 40, "a pickled file"),
+        (b"GGUF" + b"\x03\0\0\0" * 5, "a GGUF file"),
+    ],
+)
+def test_what_else_is_saved_under_such_names(file: Path, content: bytes, words: str) -> None:
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"no complete safetensors file \(\d+ bytes; it is .*{words}"):
+        read_header(file)
+
+
 BROKEN = {
     "zero bytes": lambda file: file.write_bytes(b""),
     "three bytes": lambda file: file.write_bytes(b"abc"),

@@ -208,11 +208,39 @@ def test_some_with_and_some_without_scales(write: Callable[..., Path]) -> None:
     assert tensors["blocks.0.ffn.net.0.proj.weight"].scale is not None
 
 
+def test_marked_without_any_scale(write: Callable[..., Path]) -> None:
+    described = {name: kept for name, kept in fp8_scaled(**SMALL).items() if not name.endswith("scale_weight")}
+    assert "lacks the scales of its fp8 weights" in refused(write({**described, "scaled_fp8": ("F8_E4M3", (2,))}))
+    # Plain fp8.
+    assert open_expert_file(write(described)).tensors["blocks.0.attn1.to_q.weight"].scale is None
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("float8_e4m3fn", "F8_E5M2"), ("float8_e5m2", "F8_E4M3"), ("int8_tensorwise", "F8_E4M3"), ("float8_e4m3fn", "I8")]
+)
+def test_a_mark_that_is_not_what_is_stored(write: Callable[..., Path], form: str, dtype: str) -> None:
+    described, contents = marked({"format": form}, **{f"{LAYER}.weight": (dtype, (128, 128))})
+    message = refused(write(described, values=contents))
+    assert f"{LAYER}.weight is {dtype}, but marked as" in message
+
+
+def test_a_mark_without_its_scale(write: Callable[..., Path]) -> None:
+    described, contents = marked({"format": "float8_e4m3fn"})
+    del described[f"{LAYER}.weight_scale"]
+    assert f"lacks the scale of {LAYER}.weight" in refused(write(described, values=contents))
+
+
+def dtype_of(described: Any) -> str:
+    """Of a weight with such a mark."""
+    form = str(described.get("format")) if isinstance(described, dict) else ""
+    return "I8" if "int8" in form else "F8_E5M2" if "e5m2" in form else "F8_E4M3"
+
+
 def marked(described: Any, **extra: tuple[str, tuple[int, ...]]) -> tuple[Described, dict[str, bytes]]:
     """An expert whose one quantized module has a mark with this JSON, or with these bytes."""
     text = described if isinstance(described, bytes) else json.dumps(described).encode()
     tensors = {
-        f"{LAYER}.weight": ("F8_E4M3", (128, 128)),
+        f"{LAYER}.weight": (dtype_of(described), (128, 128)),
         f"{LAYER}.weight_scale": ("F32", ()),
         f"{LAYER}.comfy_quant": ("U8", (len(text),)),
     }
@@ -234,7 +262,8 @@ def test_formats_that_can_be_read(write: Callable[..., Path], described: dict[st
     tensors, texts = marked(described)
     assert len(open_expert_file(write(tensors, values=texts)).tensors) == 15 + 2 * 27
     metadata = {"_quantization_metadata": json.dumps({"layers": {f"model.diffusion_model.{LAYER}": described}})}
-    assert len(open_expert_file(write(fp8_scaled(**SMALL), metadata=metadata)).tensors) == 15 + 2 * 27
+    stored = fp8_scaled(**SMALL, weight=dtype_of(described))
+    assert len(open_expert_file(write(stored, metadata=metadata)).tensors) == 15 + 2 * 27
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "another shape": (put("decoder.head.2.bias", torch.ones(4)), "tensor decoder.head.2.bias is [4], but should be [3]"),
     "a number for a tensor": (put("encoder.conv1.weight", torch.ones(())), "has not the tensors of Wan 2.1's VAE"),
     "no channels": (put("encoder.conv1.weight", torch.ones(0, 3, 3, 3, 3)), "but should be [0]"),
+    "a layer without a number": (put("decoder.upsamples.abc.residual.0.gamma", torch.ones(1)), "has not the tensors of Wan 2.1's VAE"),
     "whole numbers": (put("decoder.head.2.bias", torch.ones(3, dtype=torch.int8)), "is stored as I8"),
 }
 
