@@ -74,7 +74,7 @@ def test_files_that_are_none(tmp_path: Path, handle: ModelHandle) -> None:
         with_loras(handle, high_noise=[(tmp_path / "old.pt", 1.0)])
 
 
-@pytest.mark.parametrize("strength", [math.nan, math.inf])
+@pytest.mark.parametrize("strength", [math.nan, math.inf, "1", None])
 def test_strengths_that_are_no_numbers(strength: float, folder: Path, handle: ModelHandle) -> None:
-    with pytest.raises(InvalidRequestError, match=r"The strength of any.safetensors is (nan|inf); choose a number"):
+    with pytest.raises(InvalidRequestError, match=r"The strength of any.safetensors is (nan|inf|1|None); choose a number"):
         with_loras(handle, low_noise=[(folder / "any.safetensors", strength)])
