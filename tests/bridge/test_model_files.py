@@ -1,14 +1,13 @@
 """Which models and files the loader offers, and what a choice means. On a real ComfyUI's ``folder_paths``, whose folders are this test's own."""
 
 import dataclasses
-import errno
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from locked_folders import lock
 from tiny_checkpoint import make_text_encoder, make_vae
 from tiny_encoder_files import write_umt5_file, write_vae_file
 
@@ -89,14 +88,7 @@ def test_a_folder_that_may_not_be_looked_into_leaves_the_others(roots: dict[str,
     """Such as a drive's lost+found."""
     index(roots["diffusers"] / "good")
     index(roots["diffusers"] / "locked")
-    stat = os.stat
-
-    def refused(path: object, **options: bool) -> os.stat_result:
-        if "locked/" in str(path):
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return stat(path, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "stat", refused)
+    lock("locked", monkeypatch)
     assert "good" in offered()
 
 

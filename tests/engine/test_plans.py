@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from imagined_machine import TinyExpert, gpu, machine
@@ -53,6 +55,18 @@ def test_shares_follow_measured_blocks(tiny_checkpoint: Path, monkeypatch: pytes
     assert plan_of(tiny_checkpoint, *gpus[:2], execution="sequential").shares == {0: 1.0, 1: 1.0}
     monkeypatch.setattr(Computing, "block_speeds", {0: 0.75})
     assert plan_of(tiny_checkpoint, *gpus[:2]).shares == {0: 0.5, 1: 0.5}, "of one of them nothing is known"
+
+
+def test_blocks_speeds_are_known_once_all_were_timed() -> None:
+    computing = object.__new__(Computing)
+    computing.crew = None
+    assert computing.block_speeds == {}
+    workers = [SimpleNamespace(index=index, is_timed=index > 0) for index in range(2)]
+    crew: Any = SimpleNamespace(workers=workers, shares=[SimpleNamespace(worker=worker, speed=3.0 - worker.index) for worker in workers])
+    computing.crew = crew
+    assert computing.block_speeds == {}
+    workers[0].is_timed = True
+    assert computing.block_speeds == {0: 3.0, 1: 2.0}
 
 
 def test_all_gpus_take_part_where_speeds_are_unknown(tiny_checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ On imagined GPUs that count every byte.
 """
 
 import gc
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -46,12 +47,16 @@ def test_a_forward_that_runs_out_of_memory_is_repeated_with_more_on_the_host(
     assert not any("ran out of memory" in note for note in again.notes), "learned"
 
 
-def test_what_cannot_be_helped_is_raised_and_everything_let_go(bench: Callable[..., Bench], checkpoint: Path) -> None:
-    """So that ComfyUI can unload models and report it; and the next run works."""
+def test_what_cannot_be_helped_is_raised_and_everything_let_go(
+    bench: Callable[..., Bench], checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that ComfyUI can unload models and report it; and the next run works. The plan that failed is in the log."""
+    caplog.set_level(logging.INFO)
     one = bench(capacity={0: 8 * MIB})
     handle = open_model(checkpoint, weight_dtype="fp32", offload="none")
     with pytest.raises(torch.OutOfMemoryError, match=r"GPU 0 .* was used up to 61.2 GiB: set its slider to 59.5, make the video smaller"):
         one.run(handle)
+    assert any(re.match(r"Planned: GPU 0 .* for the expert at work", message) for message in caplog.messages)
     gc.collect()
     assert one.owner.loaded is None
     assert one.gpus.live_bytes(0) == 0

@@ -1,6 +1,5 @@
 """A model put together: what files replace, what must fit together, and what is said where it does not."""
 
-import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import wan_sharded.engine.handle as handle_module
+from locked_folders import lock
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import make_text_encoder, make_vae
 from tiny_encoder_files import write_umt5_file, write_vae_file
@@ -279,14 +279,7 @@ def test_names_that_can_be_none(name: str) -> None:
 
 
 def test_a_folder_that_may_not_be_looked_into(experts: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    stat = os.stat
-
-    def refused(path: object, **options: bool) -> os.stat_result:
-        if "locked" in str(path):
-            raise PermissionError(errno.EACCES, "Permission denied")
-        return stat(path, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "stat", refused)
+    lock("locked", monkeypatch)
     with pytest.raises(CheckpointError, match="There is no folder"):
         open_model("./locked/model")
     with pytest.raises(CheckpointError, match="cannot be read"):

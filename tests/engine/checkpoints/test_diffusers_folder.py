@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from wan_sharded.engine import open_model
 from wan_sharded.engine.checkpoints.diffusers_folder import is_diffusers_folder, open_diffusers_folder
+from wan_sharded.engine.checkpoints.stored import HIGH_NOISE
 from wan_sharded.engine.errors import CheckpointError, InvalidRequestError
 from wan_sharded.engine.loaded import LoadedModel
+from wan_sharded.engine.weights.holding import empty_transformer
 from wan_sharded.engine.weights.precision import resolve_precision
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -274,3 +276,12 @@ def test_a_hub_id_without_network() -> None:
     """The tests run with HF_HUB_OFFLINE=1, as ComfyUI does where there is no network."""
     with pytest.raises(CheckpointError, match="someone/something is not on this computer yet"):
         open_model("someone/something")
+
+
+def test_a_tensor_with_an_absurd_number(copy: Path) -> None:
+    """Python refuses to read numbers of thousands of digits."""
+    (weights,) = (copy / "transformer").glob("*.safetensors")
+    save_file({**load_file(weights), f"blocks.{'9' * 5000}.scale_shift_table": torch.ones(1)}, weights)
+    handle = open_model(copy)
+    with pytest.raises(CheckpointError, match="tensors 1 unknown"):
+        empty_transformer(handle.model.experts[HIGH_NOISE])
