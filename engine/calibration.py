@@ -7,7 +7,7 @@ Names no paths, no computer and no people. The plan is for Wan 2.2 I2V A14B's sh
 
 import argparse
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -127,7 +127,9 @@ def calibrate(
         bars, plan = _planned(owner, handle, machine, shape, reserve)
     finally:
         owner.lock.release()
-    text = "\n".join([*environment_lines(machine), *map(_device_line, devices), *map(_link_line, links), *notes, f"{MODEL_NAME}: {plan}"])
+    text = "\n".join(
+        [*environment_lines(machine), *map(_device_line, devices), *_link_lines(links, machine), *notes, f"{MODEL_NAME}: {plan}"]
+    )
     return Calibration(devices, links, bars, plan, text)
 
 
@@ -223,6 +225,12 @@ def _device_line(found: DeviceSpeed) -> str:
     if block:
         words.append(f"a block of width {block.width} on {block.tokens} tokens {block.seconds * 1e3:.1f} ms ({block.tflops:.3g} TFLOP/s)")
     return f"{device.label}: {', '.join([*words, *filter(None, [found.why_not])])}"
+
+
+def _link_lines(links: Iterable[LinkSpeed], machine: Machine) -> list[str]:
+    together = machine.links.together_bytes_per_s
+    words = [f"all GPUs from and to {HOST} at once: {together / 1e9:.1f} GB/s"] if together else []
+    return [*map(_link_line, links), *words]
 
 
 def _link_line(link: LinkSpeed) -> str:

@@ -201,7 +201,7 @@ class _Planner:
         work = Work.of(
             size, width=expert.width, ffn_width=config.ffn_dim, blocks=config.num_layers, element_bytes=self.loaded.precision.dtype.itemsize
         )
-        return forecast(placements[HIGH_NOISE], {b.device.index: b.device for b in way.budgets}, work)
+        return forecast(placements[HIGH_NOISE], {b.device.index: b.device for b in way.budgets}, work, self.machine.links)
 
 
 def _ways(execution: str, budgets: tuple[Budget, ...]) -> list[_Way]:

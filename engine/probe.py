@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,8 +11,9 @@ from functools import lru_cache
 import torch
 
 from . import usable
-from .planning.devices import DeviceInfo, Machine
+from .planning.devices import DeviceInfo, Links, Machine
 from .planning.footprint import FRAGMENTATION, FRAGMENTATION_ASYNC, FRAGMENTATION_NATIVE
+from .speeds import measured_copy, measured_speeds, measured_together
 from .system_memory import system_memory
 from .transformer.low_precision import multiplied_rows, quantized_rows
 
@@ -90,7 +91,7 @@ def probe_machine() -> Machine:
     devices = tuple(_device(index, gpu, free_by_bus) for index, gpu in enumerate(visible_gpus()))
     if not devices:
         devices = (DeviceInfo(0, "CPU", "cpu", memory.total, memory.available, is_gpu=False),)
-    return Machine(devices, memory.available, warnings(), fragmentation(), memory.total)
+    return Machine(devices, memory.available, warnings(), fragmentation(), memory.total, links_between(devices))
 
 
 def _device(index: int, gpu: VisibleGpu, free_by_bus: Mapping[int, int]) -> DeviceInfo:
@@ -118,45 +119,17 @@ def free_by_driver(*, windows: bool = os.name == "nt") -> dict[int, int]:
     return free
 
 
-def measured_speeds(torch_index: int) -> tuple[float | None, float | None]:
-    """TFLOP/s of a GPU at a half-precision matrix product, and bytes per second from page-locked memory; measured once, in a moment.
-
-    ``None`` for both where there is no memory for it now; asked again the next time.
-    """
-    try:
-        return _measure_speeds(torch.device("cuda", torch_index))
-    except (RuntimeError, AssertionError):  # out of memory, or a torch without CUDA
-        return None, None
-    finally:
-        torch.cuda.empty_cache()
-
-
-@lru_cache(maxsize=64)
-def _measure_speeds(device: torch.device) -> tuple[float, float]:
-    tokens, width = 4096, 4096
-    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= usable.BF16_CAPABILITY else torch.float16
-    with torch.inference_mode():
-        a = torch.randn(tokens, width, device=device, dtype=dtype)
-        b = torch.randn(width, width, device=device, dtype=dtype)
-        multiplying = _best_seconds(device, lambda: torch.mm(a, b))
-        memory = torch.empty(64 * 1024**2, dtype=torch.uint8, pin_memory=True)
-        there = torch.empty_like(memory, device=device)
-        copying = _best_seconds(device, lambda: there.copy_(memory, non_blocking=True))
-    return 2 * tokens * width * width / multiplying / 1e12, memory.numel() / copying
-
-
-def _best_seconds(device: torch.device, action: Callable[[], object]) -> float:
-    """The shortest of a few runs, by the device's own clock, after a warm-up."""
-    seconds = []
-    with torch.cuda.device(device):
-        for _ in range(8):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            action()
-            end.record()
-            end.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1e3)
-    return min(seconds[2:])
+def links_between(devices: Iterable[DeviceInfo]) -> Links:
+    """How fast bytes travel where these GPUs work together; measured once."""
+    gpus = [device for device in devices if device.is_gpu]
+    if len(gpus) < 2:
+        return Links()
+    ends = {device.index: torch.device(device.torch_device) for device in gpus}
+    pairs = [(a, b) for a in ends for b in ends if a != b and reach_each_other(ends[a], ends[b])]
+    direct = {(a, b): speed for a, b in pairs if (speed := measured_copy(ends[a], ends[b]))}
+    own = [(ends[device.index], device.link_bytes_per_s) for device in gpus]
+    known = [(device, speed) for device, speed in own if speed]
+    return Links(direct, measured_together(known) if len(known) == len(gpus) else None)
 
 
 @lru_cache(maxsize=64)

@@ -60,12 +60,15 @@ def _on_host(placement: Placement, *, offload: str, few_bits: bool, all_on_gpus:
 
 
 def _slow_link(budgets: tuple[Budget, ...], expected: Forecast | None, *, few_bits: bool) -> list[str]:
-    if expected is None or expected.slow_link is None:
+    if expected is None or not (expected.slow_link or expected.slow_together):
         return []
-    ways = ["Put that card into a faster slot"]
+    ways = ["Put that card into a faster slot"] if expected.slow_link else []
     if not few_bits:
         ways.append("choose fp8_e4m3fn or int8 as weight_dtype, so that half as much of the weights travels")
     if len(budgets) > 1:
-        ways.append("set its slider below 0 to leave it out, and compare")
+        which = "its slider" if expected.slow_link else "the slider of a GPU"
+        ways.append(f"set {which} below 0 to leave it out, and compare")
     listed = ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])}, or {ways[-1]}"
-    return [f"{expected.slow_link.label} waits for its link longer than it computes. {listed}."]
+    if expected.slow_link:
+        return [f"{expected.slow_link.label} waits for its link longer than it computes. {listed}."]
+    return [f"The GPUs wait for what system memory carries longer than they compute. {listed[0].upper()}{listed[1:]}."]

@@ -1,6 +1,7 @@
 """Devices as plain values. Filled by :mod:`engine.probe`, or by a test for an imagined machine."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 GIB = 1024**3
 
@@ -40,6 +41,19 @@ class DeviceInfo:
 
 
 @dataclass(frozen=True)
+class Links:
+    """How fast bytes travel where several GPUs work together, beside each one's own link. What was not measured is missing.
+
+    Attributes:
+        direct: (source, target) by visible index -> bytes per second, where GPUs reach each other's memory.
+        together_bytes_per_s: from and to system memory, all GPUs copying both ways at once, every copy counted; or ``None``.
+    """
+
+    direct: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    together_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True)
 class Machine:
     """Everything a plan may use.
 
@@ -49,6 +63,7 @@ class Machine:
         warnings: sentences for people, such as GPUs the server hides.
         fragmentation: what the allocator holds at a peak, over what is allocated.
         host_total_bytes: all system memory, or 0 where that is not known.
+        links: between the GPUs.
     """
 
     devices: tuple[DeviceInfo, ...]
@@ -56,6 +71,7 @@ class Machine:
     warnings: tuple[str, ...] = ()
     fragmentation: float = 1.1
     host_total_bytes: int = 0
+    links: Links = Links()
 
 
 def gib(value_bytes: float) -> str:

@@ -1,13 +1,13 @@
 """How long a forward should take, what holds it up, and which devices had better take part. Pure.
 
-A rough figure from each device's speed at matrix products and each link's speed: good enough to leave a device out that would
+A rough figure from each device's speed at matrix products and the links' speeds: good enough to leave a device out that would
 slow the others down, and to say what is the bottleneck. Shares are corrected from measured blocks afterwards.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .devices import DeviceInfo
+from .devices import DeviceInfo, Links
 from .footprint import VideoShape
 from .placement import HOST, Placement
 from .shares import proportions
@@ -17,6 +17,7 @@ from .shares import proportions
 REACHED_SHARE = 0.65
 # A device takes part, and parallel is preferred, unless it makes a forward longer by more than this.
 WORSE_BY = 1.03
+NO_LINKS = Links()
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,13 @@ class Forecast:
         seconds: how long it takes.
         limit: what holds it up, in words.
         slow_link: the device whose link does, if it is a link.
+        slow_together: whether it is what system memory carries for all of them.
     """
 
     seconds: float
     limit: str
     slow_link: DeviceInfo | None = None
+    slow_together: bool = False
 
 
 def speed_shares(devices: Mapping[int, DeviceInfo]) -> dict[int, float]:
@@ -64,17 +67,18 @@ def speed_shares(devices: Mapping[int, DeviceInfo]) -> dict[int, float]:
     return proportions({index: float(speed or 0) for index, speed in speeds.items()})
 
 
-def forecast(placement: Placement, devices: Mapping[int, DeviceInfo], work: Work) -> Forecast | None:
+def forecast(placement: Placement, devices: Mapping[int, DeviceInfo], work: Work, links: Links = NO_LINKS) -> Forecast | None:
     """One forward with a placement; ``None`` where a speed is unknown.
 
     Args:
         placement: of the working expert.
         devices: those that take part, by visible index.
         work: the forward's.
+        links: between the devices; what goes no direct way goes through system memory.
     """
     if any(not device.speed_tflops for device in devices.values()):
         return None
-    return _parallel(placement, devices, work) if placement.parallel else _sequential(placement, devices, work)
+    return _parallel(placement, devices, work, links) if placement.parallel else _sequential(placement, devices, work)
 
 
 def _compute_seconds(device: DeviceInfo, flops: float) -> float:
@@ -85,19 +89,37 @@ def _link_seconds(device: DeviceInfo, nbytes: float) -> float:
     return nbytes / device.link_bytes_per_s if device.link_bytes_per_s else 0.0
 
 
-def _parallel(placement: Placement, devices: Mapping[int, DeviceInfo], work: Work) -> Forecast:
+def _parallel(placement: Placement, devices: Mapping[int, DeviceInfo], work: Work, links: Links) -> Forecast:
     shares = speed_shares(devices)
     blocks = [part for part in placement.homes if part.startswith("blocks.")]
-    worst = Forecast(0.0, "computing")
+    at_home = {home: sum(placement.sizes[part] for part in blocks if placement.homes[part] == home) for home in (HOST, *devices)}
+    worst, copied = Forecast(0.0, "computing"), 0.0
     for index, device in devices.items():
-        computing = _compute_seconds(device, work.flops * shares[index])
-        fetched = sum(placement.sizes[part] for part in blocks if placement.homes[part] != index)
-        keys = work.exchanged_bytes * (1 - shares[index]) if len(devices) > 1 else 0.0
-        link = _link_seconds(device, fetched + keys)
-        if max(computing, link) > worst.seconds:
-            words = "computing" if computing >= link else f"the link of {device.label}, {(device.link_bytes_per_s or 0) / 1e9:.1f} GB/s"
-            worst = Forecast(max(computing, link), words, device if link > computing else None)
+        relayed, direct = 0.0, 0.0
+        for other in devices:
+            if other != index:
+                nbytes = at_home[other] + work.exchanged_bytes * shares[other]
+                speed = links.direct.get((other, index))
+                direct += nbytes / speed if speed else 0.0
+                relayed += 0.0 if speed else nbytes
+        # What is relayed is written to system memory, too.
+        copied += at_home[HOST] + 2 * relayed
+        through_memory = _link_seconds(device, at_home[HOST] + relayed)
+        computing = Forecast(_compute_seconds(device, work.flops * shares[index]), "computing")
+        # The ways into a GPU may be one and the same.
+        linked = Forecast(through_memory + direct, _link_words(device, direct > through_memory), device)
+        worst = max(worst, computing, linked, key=lambda found: found.seconds)
+    if links.together_bytes_per_s and len(devices) > 1:
+        words = f"system memory, which carries {links.together_bytes_per_s / 1e9:.1f} GB/s for all GPUs together"
+        together = Forecast(copied / links.together_bytes_per_s, words, slow_together=True)
+        worst = max(worst, together, key=lambda found: found.seconds)
     return worst
+
+
+def _link_words(device: DeviceInfo, direct: bool) -> str:
+    if direct:
+        return f"the link from the other GPUs to {device.label}"
+    return f"the link of {device.label}, {(device.link_bytes_per_s or 0) / 1e9:.1f} GB/s"
 
 
 def _sequential(placement: Placement, devices: Mapping[int, DeviceInfo], work: Work) -> Forecast:

@@ -13,8 +13,9 @@ from wan_sharded.engine import open_model
 from wan_sharded.engine.computing import Computing
 from wan_sharded.engine.errors import PlacementError
 from wan_sharded.engine.owner import ModelOwner
-from wan_sharded.engine.planning.devices import GIB, DeviceInfo
+from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Links
 from wan_sharded.engine.planning.footprint import VideoShape
+from wan_sharded.engine.planning.forecast import NO_LINKS
 from wan_sharded.engine.planning.placement import HOST
 from wan_sharded.engine.plans import Plan
 
@@ -26,8 +27,9 @@ def timed(index: int, *, tflops: float | None = 1.0, link_gb_s: float = 25.0, to
     return replace(gpu(index, total_gib), speed_tflops=tflops, link_bytes_per_s=link_gb_s * 1e9)
 
 
-def plan_of(checkpoint: Path, *devices: DeviceInfo, shape: VideoShape = P480, **options: object) -> Plan:
-    return ModelOwner().dry_plan(open_model(checkpoint, weight_dtype="fp32", **options), machine(*devices), shape)
+def plan_of(checkpoint: Path, *devices: DeviceInfo, shape: VideoShape = P480, links: Links = NO_LINKS, **options: object) -> Plan:
+    where = replace(machine(*devices), links=links)
+    return ModelOwner().dry_plan(open_model(checkpoint, weight_dtype="fp32", **options), where, shape)
 
 
 def taking_part(plan: Plan) -> list[int]:
@@ -101,6 +103,31 @@ def test_only_what_slows_the_others_down_is_left_out(tiny_checkpoint: Path) -> N
 def test_a_fast_gpu_behind_an_awfully_slow_link_is_left_out_alone(tiny_checkpoint: Path) -> None:
     plan = plan_of(tiny_checkpoint, timed(0), timed(1, tflops=1.5, link_gb_s=0.01), timed(2, tflops=0.5))
     assert plan.parallel and taking_part(plan) == [0, 2]
+
+
+def test_fewer_gpus_where_system_memory_holds_all_of_them_up(tiny_checkpoint: Path) -> None:
+    """Each more of them makes the others' copies more, and each takes less of the work: with these links two are the best, not one or four."""
+    four = [timed(index) for index in range(4)]
+    alone = plan_of(tiny_checkpoint, four[0]).expected
+    assert alone is not None
+    # So that two wait as long as they compute.
+    links = Links(together_bytes_per_s=relayed_bytes(tiny_checkpoint, *four[:2]) / (alone.seconds / 2))
+    plan = plan_of(tiny_checkpoint, *four, links=links)
+    assert plan.parallel and len(taking_part(plan)) == 2
+    (note,) = [note for note in plan.notes if "left out" in note]
+    assert "are left out: a forward is expected to take" in note and "held up by system memory, which carries" in note
+    everybody = plan_of(tiny_checkpoint, *four, links=links, execution="parallel")
+    assert taking_part(everybody) == [0, 1, 2, 3]
+    assert any("The GPUs wait for what system memory carries longer than they compute" in note for note in everybody.notes)
+    reached = {(a, b): 1e12 for a in range(4) for b in range(4) if a != b}
+    assert len(taking_part(plan_of(tiny_checkpoint, *four, links=replace(links, direct=reached)))) == 4
+
+
+def relayed_bytes(checkpoint: Path, *devices: DeviceInfo) -> float:
+    """What all copies through system memory come to in a forward, where they go no faster than a byte a second."""
+    expected = plan_of(checkpoint, *devices, links=Links(together_bytes_per_s=1.0), execution="parallel").expected
+    assert expected is not None and expected.slow_together
+    return expected.seconds
 
 
 def test_one_of_three_alone_where_the_others_only_hold_it_up(heavy: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import wan_sharded
 from wan_sharded.engine import probe, usable
-from wan_sharded.engine.planning.devices import GIB
+from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Links
 
 
 @pytest.fixture(autouse=True)
@@ -253,3 +254,51 @@ def test_on_windows_the_driver_says_what_is_free(nvidia_smi: Callable[[str], Non
     monkeypatch.setattr(probe, "free_by_driver", lambda: found)
     cuda(("NVIDIA A", 1, 16, 14), ("NVIDIA B", 2, 12, 11))
     assert [device.free_bytes for device in probe.probe_machine().devices] == [14 * GIB, 5 * GIB]
+
+
+# ---- links between GPUs
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Have every copy between GPUs go at 300 GB/s, and all together at 100 GB/s; what was asked for, in order."""
+    asked: list[object] = []
+    monkeypatch.setattr(probe, "measured_copy", lambda source, target: asked.append((str(source), str(target))) or 300e9)
+    monkeypatch.setattr(probe, "measured_together", lambda links: asked.append([(str(device), speed) for device, speed in links]) or 100e9)
+    return asked
+
+
+def two(link: float | None = 25e9) -> list[DeviceInfo]:
+    """By visible index in another order than torch's."""
+    return [DeviceInfo(index, "Imagined", f"cuda:{1 - index}", GIB, GIB, link_bytes_per_s=link) for index in range(2)]
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_links_between_gpus_that_reach_each_other(monkeypatch: pytest.MonkeyPatch, copies: list[object], reached: bool) -> None:
+    monkeypatch.setattr(probe, "reach_each_other", lambda one, other: reached)
+    found = probe.links_between(two())
+    assert found.together_bytes_per_s == 100e9
+    assert found.direct == ({(0, 1): 300e9, (1, 0): 300e9} if reached else {})
+    direct = [("cuda:1", "cuda:0"), ("cuda:0", "cuda:1")] if reached else []
+    assert copies == [*direct, [("cuda:1", 25e9), ("cuda:0", 25e9)]]
+
+
+def test_one_gpu_or_none_has_no_links(copies: list[object]) -> None:
+    cpu = DeviceInfo(0, "CPU", "cpu", GIB, GIB, is_gpu=False)
+    assert probe.links_between(two()[:1]) == probe.links_between([cpu]) == Links()
+    assert not copies
+
+
+def test_together_is_not_measured_where_a_link_was_not(monkeypatch: pytest.MonkeyPatch, copies: list[object]) -> None:
+    monkeypatch.setattr(probe, "reach_each_other", lambda one, other: False)
+    gpus = two()
+    assert probe.links_between([gpus[0], replace(gpus[1], link_bytes_per_s=None)]) == Links()
+    assert not copies
+
+
+def test_what_cannot_be_measured_now_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, or a torch without CUDA; a plan is made without it."""
+    if torch.cuda.is_available():
+        pytest.skip("these GPUs can be measured")
+    monkeypatch.setattr(probe, "reach_each_other", lambda one, other: True)
+    assert probe.links_between(two()) == Links()

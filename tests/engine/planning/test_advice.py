@@ -9,7 +9,7 @@ from imagined_machine import gpu, machine
 from stored_like import part_sizes
 from wan_sharded.engine.planning.advice import advice
 from wan_sharded.engine.planning.budgets import Budget, budgets_for
-from wan_sharded.engine.planning.devices import GIB, Machine
+from wan_sharded.engine.planning.devices import GIB, Links, Machine
 from wan_sharded.engine.planning.footprint import VideoShape
 from wan_sharded.engine.planning.forecast import Work, forecast
 from wan_sharded.engine.planning.placement import HOST, Placement, place_expert
@@ -45,7 +45,7 @@ class Case:
             self.sliders,
             offload=self.offload,
             few_bits=self.precision.quantized,
-            expected=forecast(placement, {budget.device.index: budget.device for budget in placement.budgets}, WORK),
+            expected=forecast(placement, {budget.device.index: budget.device for budget in placement.budgets}, WORK, self.where.links),
             all_on_gpus=lambda budgets: not self.placed(budgets).weight_bytes(HOST),
         )
 
@@ -95,3 +95,16 @@ def test_a_slow_link(wan_14b: WanTransformer3DModel, precision: Precision, count
     assert words.startswith("GPU 1 · Imagined 80 GB waits for its link longer than it computes. Put that card into a faster slot")
     assert ("fp8_e4m3fn or int8" in words) == (not precision.quantized)
     assert ("below 0 to leave it out" in words) == (count == 2)
+
+
+def test_gpus_that_hold_each_other_up_in_system_memory(wan_14b: WanTransformer3DModel, precision: Precision) -> None:
+    gpus = [replace(gpu(i, 80), speed_tflops=100.0, link_bytes_per_s=25e9) for i in range(2)]
+    where = replace(machine(*gpus), links=Links(together_bytes_per_s=1e9))
+    words = Case(wan_14b, precision, where, {}).said()[-1]
+    lower = "set the slider of a GPU below 0 to leave it out, and compare."
+    advised = (
+        f"S{lower[1:]}"
+        if precision.quantized
+        else f"Choose fp8_e4m3fn or int8 as weight_dtype, so that half as much of the weights travels, or {lower}"
+    )
+    assert words == f"The GPUs wait for what system memory carries longer than they compute. {advised}"

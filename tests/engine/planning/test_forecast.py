@@ -10,7 +10,7 @@ from imagined_machine import gpu, machine
 from stored_like import part_sizes
 from torch.utils.flop_counter import FlopCounterMode
 from wan_sharded.engine.planning.budgets import budgets_for
-from wan_sharded.engine.planning.devices import GIB, DeviceInfo
+from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Links
 from wan_sharded.engine.planning.footprint import VideoShape
 from wan_sharded.engine.planning.forecast import REACHED_SHARE, Work, forecast, speed_shares
 from wan_sharded.engine.planning.placement import HOST, Placement, place_expert
@@ -137,6 +137,61 @@ def test_what_the_host_holds_passes_every_link(wan_14b: WanTransformer3DModel) -
     assert found.seconds == pytest.approx((on_host.weight_bytes(HOST) + work.exchanged_bytes / 2) / 25e9)
     half_at_home = forecast(place(wan_14b, devices, parallel=True), devices, work)
     assert half_at_home is not None and half_at_home.seconds < 0.6 * found.seconds
+
+
+def foreign_bytes(placement: Placement, home: int) -> int:
+    return sum(size for part, size in placement.sizes.items() if part.startswith("blocks.") and placement.homes[part] == home)
+
+
+def test_what_system_memory_carries_for_all_is_a_limit_of_its_own(wan_14b: WanTransformer3DModel) -> None:
+    """Each link could take it. What goes from GPU to GPU through system memory is copied twice."""
+    devices = by_index(*(timed_gpu(index, tflops=800, link_gb_s=55) for index in range(4)))
+    placement, work = place(wan_14b, devices, parallel=True), Work.of(P480, **WAN_14B)
+    assert not placement.weight_bytes(HOST)
+    alone = forecast(placement, devices, work)
+    found = forecast(placement, devices, work, Links(together_bytes_per_s=110e9))
+    assert alone is not None and found is not None
+    relayed = 3 * (sum(foreign_bytes(placement, home) for home in range(4)) + work.exchanged_bytes)
+    assert found.seconds == pytest.approx(2 * relayed / 110e9) and found.seconds > 2 * alone.seconds
+    assert found.limit == "system memory, which carries 110.0 GB/s for all GPUs together"
+    assert found.slow_together and found.slow_link is None
+    assert forecast(placement, devices, work, Links(together_bytes_per_s=1e12)) == alone
+
+
+def test_what_waits_in_system_memory_is_copied_once_to_each(wan_14b: WanTransformer3DModel) -> None:
+    devices = by_index(*(timed_gpu(index, tflops=800, link_gb_s=1000) for index in range(2)))
+    placement, work = place(wan_14b, devices, parallel=True, offload="cpu"), Work.of(P480, **WAN_14B)
+    found = forecast(placement, devices, work, Links(together_bytes_per_s=10e9))
+    blocks = sum(size for part, size in placement.sizes.items() if part.startswith("blocks."))
+    assert found is not None and found.seconds == pytest.approx((2 * blocks + 2 * work.exchanged_bytes) / 10e9)
+
+
+def test_one_gpu_shares_system_memory_with_none(wan_14b: WanTransformer3DModel) -> None:
+    devices = by_index(timed_gpu(0))
+    placement, work = place(wan_14b, devices, parallel=True, offload="cpu"), Work.of(P480, **WAN_14B)
+    links = Links(together_bytes_per_s=0.001)
+    assert forecast(placement, devices, work, links) == forecast(placement, devices, work)
+
+
+def test_what_gpus_send_each_other_directly_does_not_pass_system_memory(wan_14b: WanTransformer3DModel) -> None:
+    devices = by_index(*(timed_gpu(index, link_gb_s=0.8) for index in range(2)))
+    placement, work = place(wan_14b, devices, parallel=True), Work.of(P480, **WAN_14B)
+    fast = Links({(0, 1): 300e9, (1, 0): 300e9}, together_bytes_per_s=1.6e9)
+    found = forecast(placement, devices, work, fast)
+    assert found is not None and found.limit == "computing"
+    one_way = forecast(placement, devices, work, replace(fast, direct={(0, 1): 300e9}))
+    assert one_way is not None and one_way.slow_link == devices[0], "only GPU 1 is reached directly"
+    assert one_way.seconds == pytest.approx((foreign_bytes(placement, 1) + work.exchanged_bytes / 2) / 0.8e9)
+
+
+def test_a_slow_direct_link_is_named(wan_14b: WanTransformer3DModel) -> None:
+    devices = by_index(*(timed_gpu(index) for index in range(2)))
+    placement, work = place(wan_14b, devices, parallel=True, offload="cpu"), Work.of(P480, **WAN_14B)
+    found = forecast(placement, devices, work, Links({(0, 1): 1e9, (1, 0): 1e8}))
+    assert found is not None and found.limit == "the link from the other GPUs to GPU 0 · Imagined 64 GB"
+    assert found.slow_link == devices[0]
+    blocks = sum(size for part, size in placement.sizes.items() if part.startswith("blocks."))
+    assert found.seconds == pytest.approx(work.exchanged_bytes / 2 / 1e8 + blocks / 25e9), "one after the other, if they are the same lanes"
 
 
 def test_one_gpu_alone_exchanges_nothing(wan_14b: WanTransformer3DModel) -> None:

@@ -1,0 +1,135 @@
+"""How fast GPUs and their links are, for plans: measured once in a moment each, without a model.
+
+``None``, or nothing, where a GPU has no memory for it now; asked again the next time.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+import torch
+
+from . import usable
+from .weights.host_memory import host_buffer
+
+MATRIX = 4096
+COPIED_BYTES = 64 * 1024**2
+# All at once, in pieces as staged copies go, for as long as each alone would take about so many seconds.
+PIECE_BYTES = 16 * 1024**2
+TOGETHER_SECONDS = 0.03
+TOGETHER_ROUNDS = 3
+# Out of memory, or a torch without CUDA.
+NOT_NOW = (RuntimeError, AssertionError)
+
+
+def measured_speeds(torch_index: int) -> tuple[float | None, float | None]:
+    """TFLOP/s of a GPU at a half-precision matrix product, and bytes per second from page-locked memory."""
+    try:
+        return _speeds(torch.device("cuda", torch_index))
+    except NOT_NOW:
+        return None, None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def measured_copy(source: torch.device, target: torch.device) -> float | None:
+    """Bytes per second from one GPU's memory to another's that it reaches."""
+    try:
+        return _copy(source, target)
+    except NOT_NOW:
+        return None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def measured_together(links: Iterable[tuple[torch.device, float]]) -> float | None:
+    """Bytes per second from and to page-locked memory, all GPUs copying both ways at once: what they reach together.
+
+    Args:
+        links: each GPU, and its own link's bytes per second.
+    """
+    try:
+        return _together(tuple(links))
+    except NOT_NOW:
+        return None
+    finally:
+        torch.cuda.empty_cache()
+
+
+@lru_cache(maxsize=64)
+def _speeds(device: torch.device) -> tuple[float, float]:
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= usable.BF16_CAPABILITY else torch.float16
+    with torch.inference_mode():
+        a = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
+        b = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
+        multiplying = _best_seconds(device, lambda: torch.mm(a, b))
+        memory = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty_like(memory, device=device)
+        copying = _best_seconds(device, lambda: there.copy_(memory, non_blocking=True))
+    return 2 * MATRIX**3 / multiplying / 1e12, COPIED_BYTES / copying
+
+
+@lru_cache(maxsize=64)
+def _copy(source: torch.device, target: torch.device) -> float:
+    with torch.inference_mode():
+        here, there = (torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device) for device in (source, target))
+        # torch copies in the source's stream.
+        return COPIED_BYTES / _best_seconds(source, lambda: there.copy_(here, non_blocking=True))
+
+
+def _best_seconds(device: torch.device, action: Callable[[], object]) -> float:
+    """The shortest of a few runs, by the device's own clock, after a warm-up."""
+    seconds = []
+    with torch.cuda.device(device):
+        for _ in range(8):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            action()
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+    return min(seconds[2:])
+
+
+@lru_cache(maxsize=16)
+def _together(links: tuple[tuple[torch.device, float], ...]) -> float | None:
+    with torch.inference_mode():
+        ways = [_Way(device, speed, down=down) for device, speed in links for down in (True, False)]
+        if not all(way.locked for way in ways):
+            return None  # copies wait for themselves then, and show nothing
+        best = min(_seconds_together(ways) for _ in range(TOGETHER_ROUNDS))
+    return sum(way.total_bytes for way in ways) / best
+
+
+def _seconds_together(ways: list["_Way"]) -> float:
+    for way in ways:
+        way.stream.synchronize()
+    begin = time.perf_counter()
+    # By turns, so that all have something to do from the beginning.
+    for number in range(max(way.pieces for way in ways)):
+        for way in ways:
+            if number < way.pieces:
+                way.queue(number)
+    for way in ways:
+        way.stream.synchronize()
+    return time.perf_counter() - begin
+
+
+class _Way:
+    """Copies between a GPU and system memory, one way, in a stream of their own."""
+
+    def __init__(self, device: torch.device, speed: float, *, down: bool):
+        self.stream = torch.cuda.Stream(device)
+        self.pieces = max(1, round(speed * TOGETHER_SECONDS / PIECE_BYTES))
+        self.total_bytes = self.pieces * PIECE_BYTES
+        memory = host_buffer(COPIED_BYTES)
+        self.locked = memory.is_pinned()
+        there = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        source, target = (memory, there) if down else (there, memory)
+        self._pieces = list(zip(target.split(PIECE_BYTES), source.split(PIECE_BYTES), strict=True))
+
+    def queue(self, number: int) -> None:
+        target, source = self._pieces[number % len(self._pieces)]
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
