@@ -1,8 +1,8 @@
 """From files in the page cache to where weights live: seconds, GB/s beside what the read and the link allow, host memory; one GPU.
 
-    python benchmarks/loading.py [--layers 40] [--folder FOLDER] [--forms fp8,bf16]
+    python benchmarks/loading.py [--layers 40] [--folder FOLDER] [--forms fp8,bf16,q4_k]
 
-Writes single files of the real 14B shape first (14 GB an expert in fp8, 29 GB in bf16), then loads both experts as a run would: to the GPU, to page-locked host memory, and quantized on the way. Beside it: reading the file alone,
+Writes single files of the real 14B shape first (14 GB an expert in fp8, 29 GB in bf16, 8 GB in GGUF's Q4_K), then loads both experts as a run would: to the GPU, to page-locked host memory, and quantized on the way. Beside it: reading the file alone,
 copying over the link alone, and safetensors' own ``safe_open`` with ``.to("cuda")``. At last, LoRAs are added, made weaker, and removed.
 """
 
@@ -66,6 +66,30 @@ def write(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
         file.write(struct.pack("<Q", len(raw)) + raw)
         while offset:
             offset -= file.write(chunk[:offset])
+
+
+def write_gguf(path: Path, layers: int, kind: str) -> None:
+    """A GGUF file of an expert: the blocks' matrices in a quantized type, as full of small finite numbers."""
+    import gguf
+
+    which, plain = gguf.GGMLQuantizationType[kind.upper()], gguf.GGMLQuantizationType.F32
+    writer = gguf.GGUFWriter(path, "wan")
+    for name, (_, shape) in expert_tensors(layers, fp8=False).items():
+        few = name.startswith("blocks.") and len(shape) == 2
+        elements, size = gguf.GGML_QUANT_SIZES[which if few else plain]
+        nbytes = torch.Size(shape).numel() // elements * size
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, which if few else plain)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    padded = [writer.ggml_pad(info.nbytes, writer.data_alignment) for info in writer.tensors[0].values()]
+    writer.close()
+    chunk = torch.randint(0x20, 0x38, (CHUNK,), dtype=torch.uint8).numpy().data
+    with path.open("ab") as file:
+        file.write(bytes(-file.tell() % writer.data_alignment))
+        left = sum(padded)
+        while left:
+            left -= file.write(chunk[:left])
 
 
 def expert_tensors(layers: int, *, fp8: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -223,7 +247,7 @@ class Loading:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=40)
-    parser.add_argument("--forms", default="fp8,bf16", help="of the files")
+    parser.add_argument("--forms", default="fp8,bf16,q4_k", help="of the files: fp8, bf16, or a type of GGUF")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wan-loading")
     parser.add_argument("--name", default="loading", help="of the results file; empty: print only")
     a = parser.parse_args()
@@ -231,8 +255,12 @@ def main() -> None:
     rows: list[Row] = []
     probe.probe_machine()
     for form in a.forms.split(","):
-        pair = [a.folder / f"wan2.2_i2v_{level}_noise_14B_{form}.safetensors" for level in STEPS]
-        write(pair[0], expert_tensors(a.layers, fp8=form == "fp8"))
+        gguf = form not in ("fp8", "bf16")
+        pair = [a.folder / f"wan2.2_i2v_{level}_noise_14B_{form}.{'gguf' if gguf else 'safetensors'}" for level in STEPS]
+        if gguf:
+            write_gguf(pair[0], a.layers, form)
+        else:
+            write(pair[0], expert_tensors(a.layers, fp8=form == "fp8"))
         shutil.copyfile(*pair)
         both = 2 * pair[0].stat().st_size
         case = f"both experts, {form} file"
@@ -254,7 +282,7 @@ def main() -> None:
         if form == "fp8":
             rows.append(rate(case, 'safe_open and .to("cuda")', form, both, sum(safetensors_alone(file) for file in pair)))
         for what, dtype, offload in (("to the GPU", "default", "auto"), ("to the host", "default", "cpu"), ("to the GPU", "int8", "auto")):
-            if form == "fp8" and dtype == "int8":
+            if form != "bf16" and dtype == "int8":
                 continue
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -17,11 +17,11 @@ def test_a_block_within_its_memory(index: int) -> None:
     device = probe.probe_machine().devices[index]
     gc.collect()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device.torch_device)
+    before, reserved = torch.cuda.memory_allocated(device.torch_device), torch.cuda.memory_reserved(device.torch_device)
     torch.cuda.reset_peak_memory_stats(device.torch_device)
     speed = measure_block(device)
     assert (speed.tokens, speed.width) == (GPU_SHAPE.tokens, 5120)
-    assert torch.cuda.max_memory_reserved(device.torch_device) <= NEEDED_BYTES
+    assert torch.cuda.max_memory_reserved(device.torch_device) <= reserved + NEEDED_BYTES
     gc.collect()
     # The block and its tokens are gone; what cuBLAS keeps for itself at its first product (tens of MiB) is not ours.
     assert torch.cuda.memory_allocated(device.torch_device) <= before + KEPT_BY_LIBRARIES

@@ -128,6 +128,93 @@ def test_cancel_from_another_thread_stops_within_two_seconds_and_the_next_run_is
     assert torch.equal(run(handle, request()).frames, expected)
 
 
+class Ballast:
+    """All but little of what is left of a GPU's memory, taken in the middle of a run: what comes next really runs out of it."""
+
+    def __init__(self, index: int):
+        self.device = torch.device("cuda", index)
+        self._held: list[torch.Tensor] = []
+
+    def take(self, leave_bytes: int = 0) -> None:
+        torch.cuda.empty_cache()
+        left = torch.empty(leave_bytes, dtype=torch.uint8, device=self.device)
+        size = 2**37
+        while size >= 2**21:
+            try:
+                self._held.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+            except torch.OutOfMemoryError:
+                size //= 2
+        del left
+        torch.cuda.empty_cache()
+
+    def give_back(self) -> None:
+        self._held.clear()
+        torch.cuda.empty_cache()
+
+
+LARGE = {"width": 512, "height": 512, "switch_step": 3, "guidance_scale": 1.0}
+
+
+@pytest.fixture
+def crowded(make_checkpoint):
+    """A handle for one GPU or two, and ballast for the last of them: forwards of ``LARGE`` need about 80 MiB for a moment, an expert takes 120."""
+
+    def make(count: int, **options):
+        left_out = {index: -1 for index in range(count, torch.cuda.device_count())}
+        folder = make_checkpoint(num_blocks=8, num_heads=48, dtype=torch.bfloat16)
+        return open_model(folder, max_memory_gib={**dict.fromkeys(range(count), 0), **left_out}, **options), Ballast(count - 1)
+
+    return make
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=two_gpus)])
+@pytest.mark.parametrize("execution", ["parallel", "sequential"])
+def test_a_forward_that_runs_out_of_memory_is_repeated(crowded, shares_as_planned, count, execution):
+    handle, ballast = crowded(count, execution=execution)
+    run = ImageToVideo(ModelOwner())
+    expected = run(handle, request(**LARGE)).frames
+
+    armed = threading.Event()
+
+    def on_step(report) -> None:
+        if report.step == 1:
+            armed.set()
+        elif report.step == 2:
+            ballast.give_back()
+
+    def check() -> None:  # in the middle of a forward
+        if armed.is_set():
+            armed.clear()
+            ballast.take(leave_bytes=16 * 2**20)
+
+    result = run(handle, request(**LARGE), Callbacks(on_step=on_step, check_cancelled=check))
+    noted = [note for note in result.notes if "ran out of memory" in note]
+    assert noted and all(note.startswith(f"GPU {count - 1} ") and "the step was repeated" in note for note in noted), result.notes
+    assert relative(result.frames, expected) < 1e-2
+    again = run(handle, request(**LARGE))
+    assert relative(again.frames, expected) < 1e-2
+    assert not any("ran out of memory" in note for note in again.notes)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=two_gpus)])
+def test_where_nothing_helps_the_slider_is_named_and_the_next_run_works(crowded, shares_as_planned, count):
+    handle, ballast = crowded(count, execution="parallel", offload="none")
+    owner = ModelOwner()
+    run = ImageToVideo(owner)
+    expected = run(handle, request(**LARGE)).frames
+    armed = threading.Event()
+
+    def check() -> None:
+        if armed.is_set():
+            ballast.take()
+
+    with pytest.raises(torch.OutOfMemoryError, match=rf"GPU {count - 1} .* set its slider to [\d.]+, "):
+        run(handle, request(**LARGE), Callbacks(on_step=lambda report: armed.set(), check_cancelled=check))
+    assert owner.loaded is None and not [thread for thread in threading.enumerate() if thread.name.startswith("wan-sharded")]
+    ballast.give_back()
+    assert torch.equal(run(handle, request(**LARGE)).frames, expected)
+
+
 @pytest.mark.parametrize("limits", [{0: 0}, pytest.param({0: 0, 1: 0}, marks=two_gpus)])
 def test_blocks_handed_over_behind_the_last_forward(make_checkpoint, limits, shares_as_planned, monkeypatch):
     """Every block, both ways a successor waits (in its file, and parked), with fresh pictures: the same bits as moving them at once."""
