@@ -15,6 +15,10 @@ from .shares import proportions
 # What a whole forward reaches of a device's speed at matrix products, attention and what stands between them included
 # (about two thirds where measured, on an H200).
 REACHED_SHARE = 0.65
+# And of what system memory carries for all GPUs where they do nothing else (0.73 of it with three staged H200s, 0.6 to 0.7 with four).
+REACHED_TOGETHER = 0.7
+# Where all GPUs together reach more of what their links could take both ways, the links are all there is to say.
+LINKS_TOGETHER = 0.75
 # A device takes part, and parallel is preferred, unless it makes a forward longer by more than this.
 WORSE_BY = 1.03
 NO_LINKS = Links()
@@ -109,9 +113,10 @@ def _parallel(placement: Placement, devices: Mapping[int, DeviceInfo], work: Wor
         # The ways into a GPU may be one and the same.
         linked = Forecast(through_memory + direct, _link_words(device, direct > through_memory), device)
         worst = max(worst, computing, linked, key=lambda found: found.seconds)
-    if links.together_bytes_per_s and len(devices) > 1:
+    both_ways = sum(2 * (device.link_bytes_per_s or 0) for device in devices.values())
+    if links.together_bytes_per_s and len(devices) > 1 and links.together_bytes_per_s < LINKS_TOGETHER * both_ways:
         words = f"system memory, which carries {links.together_bytes_per_s / 1e9:.1f} GB/s for all GPUs together"
-        together = Forecast(copied / links.together_bytes_per_s, words, slow_together=True)
+        together = Forecast(copied / (REACHED_TOGETHER * links.together_bytes_per_s), words, slow_together=True)
         worst = max(worst, together, key=lambda found: found.seconds)
     return worst
 

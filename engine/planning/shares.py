@@ -13,6 +13,11 @@ SHORT_FORWARD = 8.0
 REMEMBERED = 40
 # A device that takes so much more or less than before, twice in a row, does so for a reason: what was before does not count any more.
 CHANGED = 0.06
+# GPUs at the limit of their power compute the faster the longer they wait for others, so that shares which follow all of what was measured
+# swing to the other side. So much of a difference is followed: a third of it is left at most, whether speeds stay as they are, or each is in
+# inverse proportion to the share. What gains more than this has another reason, the first times.
+FOLLOWED = 2 / 3
+SMALL_GAIN = 0.1
 # Where shares are changed again and again, twice and then three times as much is doubted.
 MOST_DOUBTS = 3
 
@@ -97,6 +102,11 @@ class MeasuredSeconds:
         """Seconds of each device: the median, of an even number the lower one, since what is odd takes longer. Nothing is known yet: none."""
         return _usual(self._seconds)
 
+    @property
+    def all_from(self) -> float:
+        """What must be expected to be gained for all of a difference to be followed: where shares were changed before, nothing is enough."""
+        return SMALL_GAIN if self._changes <= 0 else 1.0
+
     def worthwhile_gain(self, forward_seconds: float) -> float:
         """What must be expected to be gained by other shares, of a forward's time: less where more forwards were measured, or long ones;
         more where shares were changed before, and should have been right then.
@@ -117,7 +127,11 @@ def _changed(usual: float, *latest: float) -> bool:
 
 
 def better_speeds(
-    shares: Sequence[int], seconds: Sequence[float], most: Sequence[float] | None = None, gain: float = WORTHWHILE_GAIN
+    shares: Sequence[int],
+    seconds: Sequence[float],
+    most: Sequence[float] | None = None,
+    gain: float = WORTHWHILE_GAIN,
+    all_from: float = 0.0,
 ) -> list[float] | None:
     """Speeds to share out by from now on, if that is worth it.
 
@@ -126,16 +140,21 @@ def better_speeds(
         seconds: how long each was busy with them, waiting left out; none where that is not known.
         most: as for :func:`share_tokens`.
         gain: the fraction of the time that other shares must save.
+        all_from: where other shares are expected to save less than this, only a part of the difference is followed.
 
     Returns:
-        Tokens per second of each device, or ``None`` where less would be gained.
+        The devices' speeds (tokens per second, where all of it is followed), or ``None`` where less would be gained.
     """
     if len(shares) < 2 or not seconds or min(seconds) <= 0 or min(shares) <= 0:
         return None
     speeds = [tokens / second for tokens, second in zip(shares, seconds, strict=True)]
     new = share_tokens(sum(shares), speeds, most)
     expected = max(tokens / speed for tokens, speed in zip(new, speeds, strict=True))
-    return speeds if expected < (1 - gain) * max(seconds) else None
+    if expected >= (1 - gain) * max(seconds):
+        return None
+    if expected <= (1 - all_from) * max(seconds):
+        return speeds
+    return [tokens / second**FOLLOWED for tokens, second in zip(shares, seconds, strict=True)]
 
 
 def token_ranges(shares: Sequence[int]) -> list[slice]:

@@ -1,9 +1,19 @@
 """How tokens are shared out: exactly, in proportion, within limits; and corrected from measured times in one step."""
 
+import math
 import random
 
 import pytest
-from wan_sharded.engine.planning.shares import WORTHWHILE_GAIN, MeasuredSeconds, better_speeds, proportions, share_tokens, token_ranges
+from wan_sharded.engine.planning.shares import (
+    FOLLOWED,
+    SMALL_GAIN,
+    WORTHWHILE_GAIN,
+    MeasuredSeconds,
+    better_speeds,
+    proportions,
+    share_tokens,
+    token_ranges,
+)
 
 TOKENS = 32_760
 
@@ -148,15 +158,64 @@ def test_proportions() -> None:
 # ---- shares that settle
 
 
-def shares_of_forwards(speeds: list[float], noise: float, forwards: int, dice: random.Random, given: list[int]) -> list[list[int]]:
-    """The shares of one forward after the other, each corrected by those before it."""
+def shares_of_forwards(
+    speeds: list[float],
+    noise: float,
+    forwards: int,
+    dice: random.Random,
+    given: list[int],
+    *,
+    answering: float = 0.0,
+) -> list[list[int]]:
+    """The shares of one forward after the other, each corrected by those before it; speeds fall with that power of what a device is given."""
     measured, found = MeasuredSeconds(), [given]
     for _ in range(forwards):
-        seconds = [second * dice.uniform(1 - noise, 1 + noise) for second in seconds_of(found[-1], speeds)]
+        seconds = [second * dice.uniform(1 - noise, 1 + noise) for second in seconds_of(found[-1], answered(speeds, found[-1], answering))]
         measured.add(found[-1], seconds)
-        better = better_speeds(found[-1], measured.usual, None, measured.worthwhile_gain(3.0))
+        better = better_speeds(found[-1], measured.usual, None, measured.worthwhile_gain(3.0), measured.all_from)
         found.append(share_tokens(TOKENS, better) if better else found[-1])
     return found
+
+
+def answered(speeds: list[float], shares: list[int], answering: float) -> list[float]:
+    """The speeds with these shares, where they are those given with equal ones."""
+    return [speed * (sum(shares) / len(shares) / share) ** answering for speed, share in zip(speeds, shares, strict=True)]
+
+
+@pytest.mark.parametrize("answering", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("off", [1.05, 1.1, 1.2])
+def test_shares_settle_where_speeds_answer_to_them(answering: float, off: float) -> None:
+    """Equal GPUs that are held back by their power, begun with shares that are off."""
+    speeds, best = [5000.0, 5000.0], TOKENS / 10_000
+    for seed in range(20):
+        begun = share_tokens(TOKENS, [off, 1.0])
+        found = shares_of_forwards(speeds, 0.003, 40, random.Random(seed), begun, answering=answering)
+        taken = [max(seconds_of(shares, answered(speeds, shares, answering))) for shares in found]
+        assert max(taken[30:]) < 1.04 * best, (seed, [seconds / best for seconds in taken])
+        assert sum(a != b for a, b in zip(found, found[1:], strict=False)) <= 5
+
+
+def test_of_a_small_difference_a_third_is_left_at_most() -> None:
+    """Whether speeds answer not at all, or as much as can be: there following all of it would leave as much on the other side."""
+    shares, off = [5100, 4900], math.log(5100 / 4900)
+    for answering in (0.0, 0.25, 0.5, 0.75, 1.0):
+        speeds = answered([100.0, 100.0], shares, answering)
+        better = better_speeds(shares, seconds_of(shares, speeds), gain=0.0, all_from=SMALL_GAIN)
+        assert better is not None
+        first, second = share_tokens(10_000, better)
+        assert abs(math.log(first / second)) <= off / 3 + 1e-3
+        assert better_speeds(shares, seconds_of(shares, speeds), gain=0.0) == pytest.approx(speeds)
+
+
+def test_a_large_difference_is_followed_at_once_the_first_times() -> None:
+    shares, seconds, all_of_it = [5000, 5000], [1.0, 1.3], pytest.approx([5000, 5000 / 1.3])
+    assert better_speeds(shares, seconds, all_from=SMALL_GAIN) == all_of_it
+    assert better_speeds(shares, [1.0, 1.2], all_from=SMALL_GAIN) == pytest.approx([5000, 5000 / 1.2**FOLLOWED])
+    measured = MeasuredSeconds()
+    for number, expected in enumerate((SMALL_GAIN, SMALL_GAIN, SMALL_GAIN, 1.0, 1.0)):
+        assert measured.all_from == expected
+        measured.add([5000 + number, 5000 - number], seconds)
+    assert better_speeds(shares, seconds, all_from=measured.all_from) == pytest.approx([5000, 5000 / 1.3**FOLLOWED])
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
