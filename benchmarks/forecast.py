@@ -2,8 +2,8 @@
 
     python benchmarks/forecast.py [--size 832x480x81] [--repeats 3]
 
-Expected as the loader node says it: from matrix products and links that are measured in a moment. Measured with compiled blocks and equal
-shares, every weight stored once. "staged" is a machine whose GPUs can't reach each other's memory.
+Expected as the loader node says it: from matrix products and links that are measured in a moment. Measured with compiled blocks, shares
+as they settle, every weight stored once. "staged" is a machine whose GPUs can't reach each other's memory.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python benchmarks/loading.py [--layers 40] [--folder FOLDER] [--forms fp8,bf16,q4_k]
 
-Writes single files of the real 14B shape first (14 GB an expert in fp8, 29 GB in bf16, 8 GB in GGUF's Q4_K), then loads both experts as a run would: to the GPU, to page-locked host memory, and quantized on the way. Beside it: reading the file alone,
+Writes single files of the real 14B shape first (14 GB an expert in fp8, 29 GB in bf16, 9 GB in GGUF's Q4_K), then loads both experts as a run would: to the GPU, to page-locked host memory, and quantized on the way. Beside it: reading the file alone,
 copying over the link alone, and safetensors' own ``safe_open`` with ``.to("cuda")``. At last, LoRAs are added, made weaker, and removed.
 """
 
@@ -39,9 +39,9 @@ from safetensors import safe_open  # noqa: E402
 from tiny_single_files import original_name  # noqa: E402
 from wan_sharded.engine import open_model, probe  # noqa: E402
 from wan_sharded.engine.checkpoints.lora import LoraChoice, open_lora_file  # noqa: E402
+from wan_sharded.engine.host_memory import host_buffer  # noqa: E402
 from wan_sharded.engine.owner import ModelOwner  # noqa: E402
 from wan_sharded.engine.planning.footprint import VideoShape  # noqa: E402
-from wan_sharded.engine.weights.host_memory import host_buffer  # noqa: E402
 
 GB, GIB = 1e9, 1024**3
 SHAPE = VideoShape(832, 480, 81)

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..engine import OWNER
 from ..engine.handle import ModelHandle
+from ..engine.host_memory import PAGE_LOCKING
 from ..engine.planning.budgets import NO_RESERVE, Reserve
 from ..engine.planning.devices import GIB, Machine
-from ..engine.weights.host_memory import PAGE_LOCKING
 
 try:
     import comfy.memory_management as memory_management  # newer ComfyUI

@@ -15,6 +15,7 @@ from .checkpoints.stored import EXPERT_WORDS
 from .computing import Computing, timings_of
 from .handle import ModelHandle
 from .handover import Handover, can_hand_over
+from .host_memory import HostPool
 from .parallel.forward import ParallelForward
 from .parallel.state import Timing
 from .planning.budgets import Budget
@@ -23,7 +24,6 @@ from .planning.placement import HOST, Placement
 from .plans import Plan
 from .system_memory import system_memory
 from .weights.expert import CPU, Expert
-from .weights.host_memory import HostPool
 from .weights.precision import Precision
 from .weights.reading import TensorReader
 

@@ -1,6 +1,6 @@
 """How fast GPUs and their links are, for plans: measured once in a moment each, without a model.
 
-``None``, or nothing, where a GPU has no memory for it now; asked again the next time.
+``None`` where there is no memory for it now; asked again the next time.
 """
 
 import time
@@ -10,16 +10,17 @@ from functools import lru_cache
 import torch
 
 from . import usable
-from .weights.host_memory import host_buffer
+from .host_memory import PAGE_LOCKING, host_buffer
 
 MATRIX = 4096
 COPIED_BYTES = 64 * 1024**2
-# All at once, in pieces as staged copies go, for as long as each alone would take about so many seconds.
-PIECE_BYTES = 16 * 1024**2
+# All at once, each for as long as it alone would take about so many seconds, in pieces as staged copies go; over slow links in smaller ones.
 TOGETHER_SECONDS = 0.03
 TOGETHER_ROUNDS = 3
-# Out of memory, or a torch without CUDA.
-NOT_NOW = (RuntimeError, AssertionError)
+LARGEST_PIECE_BYTES, SMALLEST_PIECE_BYTES = 16 * 1024**2, 1024**2
+FEWEST_PIECES = 8
+# Out of memory, of either kind, or a torch without CUDA.
+NOT_NOW = (RuntimeError, MemoryError, AssertionError)
 
 
 def measured_speeds(torch_index: int) -> tuple[float | None, float | None]:
@@ -43,7 +44,8 @@ def measured_copy(source: torch.device, target: torch.device) -> float | None:
 
 
 def measured_together(links: Iterable[tuple[torch.device, float]]) -> float | None:
-    """Bytes per second from and to page-locked memory, all GPUs copying both ways at once: what they reach together.
+    """Bytes per second from and to page-locked memory, all GPUs copying both ways at once: what they reach together. ``None`` also where
+    memory can't be page-locked; that is not asked again.
 
     Args:
         links: each GPU, and its own link's bytes per second.
@@ -93,10 +95,16 @@ def _best_seconds(device: torch.device, action: Callable[[], object]) -> float:
 
 @lru_cache(maxsize=16)
 def _together(links: tuple[tuple[torch.device, float], ...]) -> float | None:
+    ways: list[_Way] = []
     with torch.inference_mode():
-        ways = [_Way(device, speed, down=down) for device, speed in links for down in (True, False)]
-        if not all(way.locked for way in ways):
-            return None  # copies wait for themselves then, and show nothing
+        for device, speed in links:
+            for down in (True, False):
+                # Copies from other memory wait for themselves, and show nothing.
+                memory = host_buffer(COPIED_BYTES) if PAGE_LOCKING.allowed else torch.empty(0)
+                if not memory.is_pinned():
+                    PAGE_LOCKING.try_again()  # weights may fare better later
+                    return None
+                ways.append(_Way(device, memory, speed, down=down))
         best = min(_seconds_together(ways) for _ in range(TOGETHER_ROUNDS))
     return sum(way.total_bytes for way in ways) / best
 
@@ -118,18 +126,26 @@ def _seconds_together(ways: list["_Way"]) -> float:
 class _Way:
     """Copies between a GPU and system memory, one way, in a stream of their own."""
 
-    def __init__(self, device: torch.device, speed: float, *, down: bool):
+    def __init__(self, device: torch.device, memory: torch.Tensor, speed: float, *, down: bool):
+        wanted = speed * TOGETHER_SECONDS
+        size = piece_bytes(wanted)
         self.stream = torch.cuda.Stream(device)
-        self.pieces = max(1, round(speed * TOGETHER_SECONDS / PIECE_BYTES))
-        self.total_bytes = self.pieces * PIECE_BYTES
-        memory = host_buffer(COPIED_BYTES)
-        self.locked = memory.is_pinned()
-        there = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
+        self.pieces = max(1, round(wanted / size))
+        self.total_bytes = self.pieces * size
+        there = torch.empty_like(memory, device=device)
         self.stream.wait_stream(torch.cuda.current_stream(device))
         source, target = (memory, there) if down else (there, memory)
-        self._pieces = list(zip(target.split(PIECE_BYTES), source.split(PIECE_BYTES), strict=True))
+        self._pieces = list(zip(target.split(size), source.split(size), strict=True))
 
     def queue(self, number: int) -> None:
         target, source = self._pieces[number % len(self._pieces)]
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
+
+
+def piece_bytes(wanted_bytes: float) -> int:
+    """Of what is copied in so many bytes: a power of two, so that buffers are whole pieces."""
+    size = LARGEST_PIECE_BYTES
+    while size > SMALLEST_PIECE_BYTES and size * FEWEST_PIECES > wanted_bytes:
+        size //= 2
+    return size

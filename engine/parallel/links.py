@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from .. import probe
-from ..weights.host_memory import host_buffer
+from ..host_memory import host_buffer
 from .workers import Mark, mark, new_stream, wait
 
 # Small copies go in chunks of so many bytes, large ones in more bytes a chunk: what queues them, and what they are queued in, has limits.

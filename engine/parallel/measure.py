@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from .. import probe
+from ..host_memory import host_buffer
 from ..planning.devices import GIB, DeviceInfo
 from ..planning.footprint import VideoShape
 from ..planning.forecast import Work
 from ..usable import BF16_CAPABILITY
 from ..weights.drawn import DrawnReader, drawn_component
 from ..weights.expert import Expert
-from ..weights.host_memory import host_buffer
 from ..weights.precision import Precision
 from .crew import Crew, Share
 from .forward import ParallelForward

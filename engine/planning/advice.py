@@ -71,4 +71,4 @@ def _slow_link(budgets: tuple[Budget, ...], expected: Forecast | None, *, few_bi
     listed = ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])}, or {ways[-1]}"
     if expected.slow_link:
         return [f"{expected.slow_link.label} waits for its link longer than it computes. {listed}."]
-    return [f"The GPUs wait for what system memory carries longer than they compute. {listed[0].upper()}{listed[1:]}."]
+    return [f"The GPUs wait for their copies from and to system memory longer than they compute. {listed[0].upper()}{listed[1:]}."]

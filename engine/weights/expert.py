@@ -14,13 +14,13 @@ from accelerate.hooks import remove_hook_from_module
 from .. import probe
 from ..checkpoints.lora import LoraChoice
 from ..checkpoints.stored import ComponentFiles
+from ..host_memory import HostPool, copy_on_host
 from ..planning.placement import HOST, Placement, parts_of
 from ..transformer.low_precision import GGUF_CHUNK_BYTES
 from ..transformer.wan_block import FUSED, BlockMath, fused_name
 from . import hooks
 from .adapters import Adapters
 from .holding import NOWHERE, Holder, empty_transformer
-from .host_memory import HostPool, copy_on_host
 from .keeping import Filling, Keeper
 from .packing import Layout
 from .precision import Precision

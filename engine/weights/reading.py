@@ -19,8 +19,8 @@ from typing import IO, Any
 import torch
 
 from ..checkpoints.stored import StoredTensor
+from ..host_memory import host_buffer
 from . import pieces
-from .host_memory import host_buffer
 from .pieces import Piece
 from .precision import stored_dtype
 

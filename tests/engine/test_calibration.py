@@ -14,7 +14,7 @@ from wan_sharded.engine.checkpoints.stored import HIGH_NOISE
 from wan_sharded.engine.errors import BusyError, InvalidRequestError
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.parallel.measure import CPU_SHAPE, measure_block, measure_link
-from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Machine
+from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Links, Machine
 
 CPU = torch.device("cpu")
 CPU_DEVICE = DeviceInfo(0, "CPU", "cpu", 64 * GIB, 56 * GIB, is_gpu=False)
@@ -44,6 +44,13 @@ def test_everything_on_the_cpu() -> None:
     assert "650x640 is no multiple of 16; made 640x640 instead." in found.text
     assert "planned for 640x640x33" in found.plan and found.text.endswith(found.plan)
     assert owner.loaded is None and owner.lock.acquire(blocking=False)
+
+
+def test_what_gpus_copy_together_is_said_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = machine(gpu(0), gpu(1))
+    words = "all GPUs from and to system memory at once: 110.0 GB/s"
+    assert words in planned(monkeypatch, replace(where, links=Links(together_bytes_per_s=110e9))).text.splitlines()
+    assert "at once: " not in planned(monkeypatch, where).text
 
 
 def test_the_text_names_nothing_personal() -> None:

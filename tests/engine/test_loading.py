@@ -10,13 +10,13 @@ import pytest
 import torch
 from engine_bench import Bench
 from imagined_machine import TinyExpert
+from wan_sharded.engine import host_memory, open_model
 from wan_sharded.engine import loaded as loaded_module
-from wan_sharded.engine import open_model
 from wan_sharded.engine.errors import CheckpointError
+from wan_sharded.engine.host_memory import HostPool
 from wan_sharded.engine.system_memory import SystemMemory, system_memory
-from wan_sharded.engine.weights import host_memory, pieces, reading
+from wan_sharded.engine.weights import pieces, reading
 from wan_sharded.engine.weights.expert import CPU, NOWHERE, Expert
-from wan_sharded.engine.weights.host_memory import HostPool
 
 AHEAD = "wan-sharded-memory"
 

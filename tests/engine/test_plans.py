@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from imagined_machine import TinyExpert, gpu, machine
 from wan_sharded.engine import open_model
+from wan_sharded.engine.calibration import model_shape
 from wan_sharded.engine.computing import Computing
 from wan_sharded.engine.errors import PlacementError
+from wan_sharded.engine.handle import ModelHandle
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Links
 from wan_sharded.engine.planning.footprint import VideoShape
@@ -115,12 +117,26 @@ def test_fewer_gpus_where_system_memory_holds_all_of_them_up(tiny_checkpoint: Pa
     plan = plan_of(tiny_checkpoint, *four, links=links)
     assert plan.parallel and len(taking_part(plan)) == 2
     (note,) = [note for note in plan.notes if "left out" in note]
-    assert "are left out: a forward is expected to take" in note and "held up by system memory, which carries" in note
+    assert (
+        "are left out: a forward is expected to take" in note and "held up by what the GPUs copy from and to system memory together" in note
+    )
     everybody = plan_of(tiny_checkpoint, *four, links=links, execution="parallel")
     assert taking_part(everybody) == [0, 1, 2, 3]
-    assert any("The GPUs wait for what system memory carries longer than they compute" in note for note in everybody.notes)
+    assert any("The GPUs wait for their copies from and to system memory longer than they compute" in note for note in everybody.notes)
     reached = {(a, b): 1e12 for a in range(4) for b in range(4) if a != b}
     assert len(taking_part(plan_of(tiny_checkpoint, *four, links=replace(links, direct=reached)))) == 4
+
+
+@pytest.mark.parametrize("together", [155e9, 178e9, 190e9])
+@pytest.mark.parametrize("tflops", [740.0, 760.0])
+def test_two_of_four_h200s_that_relay(tflops: float, together: float) -> None:
+    """Three and four took longer (benchmarks/RESULTS.md); where they reach each other's memory, all of them take part."""
+    gpus = [timed(index, tflops=tflops, link_gb_s=55, total_gib=139) for index in range(4)]
+    handle = ModelHandle(model_shape(), "default", "balanced", "auto", "auto", {})
+    links = Links(together_bytes_per_s=together)
+    assert len(taking_part(ModelOwner().dry_plan(handle, replace(machine(*gpus), links=links), P480))) == 2
+    reached = replace(links, direct={(a, b): 360e9 for a in range(4) for b in range(4) if a != b})
+    assert len(taking_part(ModelOwner().dry_plan(handle, replace(machine(*gpus), links=reached), P480))) == 4
 
 
 def relayed_bytes(checkpoint: Path, *devices: DeviceInfo) -> float:

@@ -13,7 +13,8 @@ from types import MappingProxyType, SimpleNamespace
 import pytest
 import torch
 import wan_sharded
-from wan_sharded.engine import probe, usable
+from wan_sharded.engine import probe, speeds, usable
+from wan_sharded.engine.host_memory import PageLocking
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Links
 
 
@@ -302,3 +303,33 @@ def test_what_cannot_be_measured_now_is_missing(monkeypatch: pytest.MonkeyPatch)
         pytest.skip("these GPUs can be measured")
     monkeypatch.setattr(probe, "reach_each_other", lambda one, other: True)
     assert probe.links_between(two()) == Links()
+
+
+def test_no_memory_for_what_is_copied_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(size_bytes: int) -> torch.Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr(speeds, "host_buffer", none_left)
+    assert speeds.measured_together([(torch.device("cpu"), 1e9)]) is None
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_nothing_is_copied_together_where_memory_is_not_locked(monkeypatch: pytest.MonkeyPatch, allowed: bool) -> None:
+    """And a refusal does not keep weights from being locked later."""
+    locking, made = PageLocking(windows=False), []
+    locking.allowed, locking._refused = allowed, True
+    monkeypatch.setattr(speeds, "PAGE_LOCKING", locking)
+    monkeypatch.setattr(speeds, "host_buffer", lambda size: made.append(size) or torch.empty(size, dtype=torch.uint8))
+    speeds._together.cache_clear()
+    assert speeds.measured_together([(torch.device("cpu"), 1e9), (torch.device("cpu", 0), 2e9)]) is None
+    assert len(made) == allowed and not locking._refused
+    speeds._together.cache_clear()
+
+
+@pytest.mark.parametrize("gb_s", [0.2, 0.4, 0.85, 3.0, 12.0, 55.0])
+def test_slow_links_copy_for_about_as_long(gb_s: float) -> None:
+    """What all copy together counts until the last of them is done."""
+    wanted = gb_s * 1e9 * speeds.TOGETHER_SECONDS
+    size = speeds.piece_bytes(wanted)
+    assert speeds.COPIED_BYTES % size == 0
+    assert round(wanted / size) * size == pytest.approx(wanted, rel=0.1)

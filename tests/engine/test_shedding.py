@@ -17,10 +17,10 @@ from engine_bench import MIB, Bench, sliders
 from imagined_machine import TinyExpert
 from wan_sharded.engine import ModelHandle, open_model
 from wan_sharded.engine.errors import PlacementError
+from wan_sharded.engine.host_memory import HostPool
 from wan_sharded.engine.planning.devices import GIB
 from wan_sharded.engine.planning.placement import HOST
 from wan_sharded.engine.shedding import relieving_settings
-from wan_sharded.engine.weights.host_memory import HostPool
 
 
 @pytest.mark.parametrize("execution", ["sequential", "parallel"])

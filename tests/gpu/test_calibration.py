@@ -40,3 +40,21 @@ def test_everything() -> None:
     assert "planned for 832x480x81" in found.plan
     assert len(found.bars) == count + 1
     print(found.text)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_links_between_gpus() -> None:
+    machine = probe.probe_machine()
+    own = {device.index: device.link_bytes_per_s or 0.0 for device in machine.devices}
+    reached = {
+        (one.index, other.index)
+        for one in machine.devices
+        for other in machine.devices
+        if one is not other and probe.reach_each_other(torch.device(one.torch_device), torch.device(other.torch_device))
+    }
+    assert set(machine.links.direct) == reached
+    assert all(1e8 < speed < 1e13 for speed in machine.links.direct.values())
+    together = machine.links.together_bytes_per_s
+    # Copying both ways at once no GPU is slower than one way, nor faster than both.
+    assert together is not None and 0.9 * max(own.values()) < together < 2.1 * sum(own.values())
+    assert probe.probe_machine().links == machine.links, "measured once"

@@ -159,12 +159,17 @@ LARGE = {"width": 512, "height": 512, "switch_step": 3, "guidance_scale": 1.0}
 def crowded(make_checkpoint):
     """A handle for one GPU or two, and ballast for the last of them: forwards of ``LARGE`` need about 80 MiB for a moment, an expert takes 120."""
 
+    made: list[Ballast] = []
+
     def make(count: int, **options):
+        made.append(Ballast(count - 1))
         left_out = {index: -1 for index in range(count, torch.cuda.device_count())}
         folder = make_checkpoint(num_blocks=8, num_heads=48, dtype=torch.bfloat16)
-        return open_model(folder, max_memory_gib={**dict.fromkeys(range(count), 0), **left_out}, **options), Ballast(count - 1)
+        return open_model(folder, max_memory_gib={**dict.fromkeys(range(count), 0), **left_out}, **options), made[-1]
 
-    return make
+    yield make
+    for ballast in made:
+        ballast.give_back()
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=two_gpus)])

@@ -228,6 +228,20 @@ def test_shares_settle(monkeypatch, model: Callable[[int], Model]) -> None:
     assert found == [[52, 53]] * 4 + [[54, 51]] * 4
 
 
+def test_a_small_difference_is_not_followed_to_its_end(monkeypatch, model: Callable[[int], Model]) -> None:
+    """The rest of it comes from the shares themselves, where power is what limits a GPU."""
+    _, expert = model(3)
+    clock = Clock(100.0, 100.0)
+    forward = clocked(monkeypatch, expert, [1.0, 1.0], clock, timed=True)
+    found = []
+    for speeds in ([100.0, 88.0], [100.0, 88.0], [100.0, 40.0], [100.0, 40.0], [100.0, 40.0]):
+        clock.speeds = speeds
+        forward(**inputs())
+        found.append(list(tokens_of(forward).values()))
+    # Of 105 tokens 56 would be all of the first difference, and 75 of the second, which is a large one.
+    assert found[:2] == [[52, 53], [55, 50]] and found[-1] == [75, 30]
+
+
 def test_what_was_timed_before_a_calibration_does_not_count(monkeypatch, model: Callable[[int], Model]) -> None:
     _, expert = model(3)
     forward = clocked(monkeypatch, expert, [1.0, 1.0], Clock(100.0, 100.0), timed=False)

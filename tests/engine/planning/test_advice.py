@@ -107,4 +107,4 @@ def test_gpus_that_hold_each_other_up_in_system_memory(wan_14b: WanTransformer3D
         if precision.quantized
         else f"Choose fp8_e4m3fn or int8 as weight_dtype, so that half as much of the weights travels, or {lower}"
     )
-    assert words == f"The GPUs wait for what system memory carries longer than they compute. {advised}"
+    assert words == f"The GPUs wait for their copies from and to system memory longer than they compute. {advised}"

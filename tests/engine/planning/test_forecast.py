@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wan_sharded.engine.planning.budgets import budgets_for
 from wan_sharded.engine.planning.devices import GIB, DeviceInfo, Links
 from wan_sharded.engine.planning.footprint import VideoShape
-from wan_sharded.engine.planning.forecast import REACHED_SHARE, REACHED_TOGETHER, Work, forecast, speed_shares
+from wan_sharded.engine.planning.forecast import REACHED_SHARE, REACHED_TOGETHER, Forecast, Work, forecast, speed_shares
 from wan_sharded.engine.planning.placement import HOST, Placement, place_expert
 from wan_sharded.engine.weights.precision import Precision
 
@@ -153,30 +154,37 @@ def test_what_system_memory_carries_for_all_is_a_limit_of_its_own(wan_14b: WanTr
     assert alone is not None and found is not None
     relayed = 3 * (sum(foreign_bytes(placement, home) for home in range(4)) + work.exchanged_bytes)
     assert found.seconds == pytest.approx(2 * relayed / (REACHED_TOGETHER * 110e9)) and found.seconds > 2 * alone.seconds
-    assert found.limit == "system memory, which carries 110.0 GB/s for all GPUs together"
+    assert found.limit == "what the GPUs copy from and to system memory together, 110.0 GB/s"
     assert found.slow_together and found.slow_link is None
     assert forecast(placement, devices, work, Links(together_bytes_per_s=1e12)) == alone
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_h200s_that_relay_as_measured(wan_14b: WanTransformer3DModel, count: int) -> None:
-    """benchmarks/forecast.py: two are the fastest, though three or four compute for less time."""
-    measured = {2: 1.51, 3: 1.69, 4: 2.97}
+# benchmarks/forecast.py on H200s, all copies staged: GPUs, what they copied together (of the two on a machine of their own), and seconds.
+@pytest.mark.parametrize(("count", "together", "seconds"), [(2, 124e9, 1.52), (3, 178e9, 1.69)])
+def test_h200s_that_relay_as_measured(wan_14b: WanTransformer3DModel, count: int, together: float, seconds: float) -> None:
     devices = by_index(*(timed_gpu(index, tflops=752, link_gb_s=55) for index in range(count)))
-    found = forecast(place(wan_14b, devices, parallel=True), devices, Work.of(P480, **WAN_14B), Links(together_bytes_per_s=178e9))
-    assert found is not None and found.seconds == pytest.approx(measured[count], rel=0.15)
+    found = forecast(place(wan_14b, devices, parallel=True), devices, Work.of(P480, **WAN_14B), Links(together_bytes_per_s=together))
+    assert found is not None and found.seconds == pytest.approx(seconds, rel=0.1)
     assert found.slow_together == (count > 2)
 
 
 def test_where_links_are_all_that_is_slow_a_link_is_named(wan_14b: WanTransformer3DModel) -> None:
-    """Together they carry what each carries."""
-    devices = by_index(*(timed_gpu(index, link_gb_s=1.5) for index in range(2)))
-    placement, work = place(wan_14b, devices, parallel=True), Work.of(P480, **WAN_14B)
+    """Together they carry what each carries, or nearly; and what is expected has no step where it is called otherwise."""
+    devices = by_index(*(timed_gpu(index, link_gb_s=1.5 - 0.1 * index) for index in range(2)))
+    placement, work, both_ways = place(wan_14b, devices, parallel=True), Work.of(P480, **WAN_14B), 2 * (1.5e9 + 1.4e9)
+
+    def found(reached: float) -> Forecast:
+        expected = forecast(placement, devices, work, Links(together_bytes_per_s=reached * both_ways))
+        assert expected is not None
+        return expected
+
     alone = forecast(placement, devices, work)
-    assert alone is not None and alone.slow_link is not None
-    assert forecast(placement, devices, work, Links(together_bytes_per_s=0.8 * 2 * 3e9)) == alone
-    shared = forecast(placement, devices, work, Links(together_bytes_per_s=0.7 * 2 * 3e9))
-    assert shared is not None and shared.slow_together
+    assert alone is not None and alone.slow_link == devices[1]
+    assert found(1.0) == found(1.2) == alone
+    assert found(0.76).limit == alone.limit and found(0.76).slow_link == devices[1] and not found(0.76).slow_together
+    assert found(0.74).slow_together and found(0.74).slow_link is None
+    seconds = [found(step / 100).seconds for step in range(100, 30, -1)]
+    assert all(before <= after < 1.05 * before for before, after in pairwise(seconds))
 
 
 def test_what_waits_in_system_memory_is_copied_once_to_each(wan_14b: WanTransformer3DModel) -> None:

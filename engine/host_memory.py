@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import torch
 
-from .. import memory_errors
+from . import memory_errors
 
 THREADS = min(8, os.cpu_count() or 1)
 # What one thread does at a time.

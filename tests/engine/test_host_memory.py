@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from wan_sharded.engine import memory_errors
-from wan_sharded.engine.weights import host_memory
-from wan_sharded.engine.weights.host_memory import SMALL_BYTES, HostPool, PageLocking, host_buffer
+from wan_sharded.engine import host_memory, memory_errors
+from wan_sharded.engine.host_memory import SMALL_BYTES, HostPool, PageLocking, host_buffer
 
 KIB = 1024
 
