@@ -13,7 +13,7 @@ SHORT_FORWARD = 8.0
 REMEMBERED = 40
 # A device that takes so much more or less than before, twice in a row, does so for a reason: what was before does not count any more.
 CHANGED = 0.06
-# GPUs at the limit of their power compute the faster the longer they wait for others, so that shares which follow all of what was measured
+# GPUs at the limit of their power seem to compute the faster the longer they wait, so that shares which follow all of what was measured
 # swing to the other side. So much of a difference is followed: a third of it is left at most, whether speeds stay as they are, or each is in
 # inverse proportion to the share. What gains more than this has another reason, the first times.
 FOLLOWED = 2 / 3
