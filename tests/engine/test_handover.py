@@ -12,8 +12,8 @@ import pytest
 import torch
 from engine_bench import SMALL_CHANGE, Bench, sliders
 from imagined_machine import TinyExpert
+from wan_sharded.engine import ModelHandle, open_model
 from wan_sharded.engine import loaded as loaded_module
-from wan_sharded.engine import open_model
 from wan_sharded.engine.errors import CheckpointError
 from wan_sharded.engine.handover import Handover
 from wan_sharded.engine.parallel.blocks import BlockLoop
@@ -32,6 +32,18 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     monkeypatch.setattr(Handover, "finish", watched)
     return found
+
+
+Run = tuple[Bench, ModelHandle, torch.Tensor]
+
+
+@pytest.fixture
+def done_once(bench: Callable[..., Bench], checkpoint: Path, make_request) -> Run:
+    """A bench of one GPU, a handle whose experts hand over to each other there, and the frames that it made."""
+    one = bench()
+    rooms = sliders(TinyExpert(checkpoint, "fp32"), make_request, 1.3)
+    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", max_memory_gib=rooms)
+    return one, handle, one.run(handle).frames
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -73,13 +85,10 @@ def test_blocks_take_each_others_place_behind_the_last_forward(
 
 
 def test_a_handover_in_a_forward_that_runs_out_of_memory(
-    bench: Callable[..., Bench], checkpoint: Path, make_request, handed_over: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    done_once: Run, handed_over: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The blocks that left come back, and the forward is repeated, without another try."""
-    expert = TinyExpert(checkpoint, "fp32")
-    one = bench()
-    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", max_memory_gib=sliders(expert, make_request, 1.3))
-    expected = one.run(handle).frames
+    one, handle, expected = done_once
     block_done, failed = Handover.block_done, []
 
     def out_of_memory(handover: Handover, number: int, marks: list) -> None:
@@ -96,14 +105,9 @@ def test_a_handover_in_a_forward_that_runs_out_of_memory(
     assert torch.equal(result.frames, expected)
 
 
-def test_a_forward_that_never_fits_ends(
-    bench: Callable[..., Bench], checkpoint: Path, make_request, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forward_that_never_fits_ends(done_once: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has handed over leaves once; then its own blocks do, and then it is said."""
-    expert = TinyExpert(checkpoint, "fp32")
-    one = bench()
-    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", max_memory_gib=sliders(expert, make_request, 1.3))
-    expected = one.run(handle).frames
+    one, handle, expected = done_once
     block_done, handed_over = Handover.block_done, []
     run_block, failed = BlockLoop._run_block, []
 
@@ -129,13 +133,8 @@ def test_a_forward_that_never_fits_ends(
     assert torch.equal(one.run(handle).frames, expected)
 
 
-def test_a_run_that_is_cancelled_in_a_handover(
-    bench: Callable[..., Bench], checkpoint: Path, make_request, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expert = TinyExpert(checkpoint, "fp32")
-    one = bench()
-    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", max_memory_gib=sliders(expert, make_request, 1.3))
-    expected = one.run(handle).frames
+def test_a_run_that_is_cancelled_in_a_handover(done_once: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, handle, expected = done_once
     with monkeypatch.context() as patch:
 
         def cancel(handover: Handover, number: int, marks: list) -> None:
