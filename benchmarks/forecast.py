@@ -1,6 +1,6 @@
 """What a forward is expected to take, and what it takes: with 1 .. N GPUs, copies between them direct and staged; and what `auto` chooses.
 
-    python benchmarks/forecast.py [--size 832x480x81] [--repeats 3]
+    python benchmarks/forecast.py [--size 832x480x81] [--repeats 3] [--copies direct,staged]
 
 Expected as the loader node says it: from matrix products and links that are measured in a moment. Measured with compiled blocks, shares
 as they settle, every weight stored once. "staged" is a machine whose GPUs can't reach each other's memory.
@@ -40,8 +40,11 @@ def main() -> None:
     parser.add_argument("--size", default="832x480x81")
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--copies", default="direct,staged", help="between GPUs")
     parser.add_argument("--name", default="forecast", help="of the results file; empty: print only")
     a = parser.parse_args()
+    if unknown := set(a.copies.split(",")) - {"direct", "staged"}:
+        parser.error(f"--copies has {', '.join(sorted(unknown))}; choose from direct, staged")
     size = [int(n) for n in a.size.split("x")]
     gpus = torch.cuda.device_count()
     if gpus < 2:
@@ -52,19 +55,19 @@ def main() -> None:
     print(f"links in GB/s: {own}; {direct}; together {(machine.links.together_bytes_per_s or 0) / 1e9:.0f}", flush=True)
     inputs = [random_inputs(*size, "cuda:0", torch.bfloat16, seed) for seed in range(2)]
     rows: list[Row] = []
-    for staged in (False, True):
+    measured: dict[int, float | None] = {}
+    for way in a.copies.split(","):
+        staged = way == "staged"
         links = machine.links if not staged else Links(together_bytes_per_s=machine.links.together_bytes_per_s)
-        way = "staged" if staged else "direct"
-        measured: dict[int, float | None] = {}
         for count in range(1, gpus + 1):
-            if staged and count == 1:
-                measured[1] = rows[0].seconds
+            if count == 1 and measured:
                 continue
             some = replace(machine, devices=machine.devices[:count], links=links)
-            plan = plan_of(some, VideoShape(*size), "parallel")
+            expected = expected_words(plan_of(some, VideoShape(*size), "parallel"))
+            print(f"{way}, {count} GPU{'s' if count > 1 else ''}: {expected}", flush=True)
             workers = [Worker(device.index, torch.device(device.torch_device)) for device in some.devices]
-            row = sharded_row(a.size, inputs, a.layers, a.repeats, workers, what=way, staged=staged)
-            row.note = f"{expected_words(plan)}; {row.note}"
+            row = sharded_row(a.size, inputs, a.layers, a.repeats, workers, what=way if count > 1 else "alone", staged=staged)
+            row.note = f"{expected}; {row.note}"
             rows.append(row)
             measured[count] = row.seconds
         chosen = plan_of(replace(machine, links=links), VideoShape(*size), "auto")

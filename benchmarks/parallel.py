@@ -37,7 +37,7 @@ from wan_sharded.engine.weights.precision import Precision  # noqa: E402
 
 GIB = 1024**3
 # So many with the same shares, and at most so many until then.
-SETTLED_FORWARDS, SETTLING_FORWARDS = 3, 8
+SETTLED_FORWARDS, SETTLING_FORWARDS = 5, 12
 CPU = torch.device("cpu")
 # Compiling alone moves outputs of random weights by 1.7e-2 from those of bf16; and of an error against float32, over diffusers' own bf16.
 AGREES_WITH_BF16, OF_ITS_ERROR = 2e-2, 1.1

@@ -15,9 +15,9 @@ from .shares import proportions
 # What a whole forward reaches of a device's speed at matrix products, attention and what stands between them included (0.69 of it plain, 0.71
 # to 0.81 compiled, where measured, on one to four H200s).
 REACHED_SHARE = 0.7
-# And of what copies of all GPUs reach together where they do nothing else (0.73 with three staged H200s, where system memory, or what they
-# share on the way there, carried half of what their links could take both ways). The nearer it comes to that, the more is assumed. Of fewer
-# GPUs than were measured as much is assumed as of all.
+# And of what copies of all GPUs reach together where they do nothing else (0.73 to 0.83 with three and four staged H200s, where system
+# memory, or what they share on the way there, carried half of what their links could take both ways). The nearer it comes to that, the more
+# is assumed. Of fewer GPUs than were measured as much is assumed as of all.
 REACHED_TOGETHER, SHARED = 2 / 3, 0.6
 # Where they reach more than this of what their links could take, the links are all there is to say.
 LINKS_TOGETHER = 0.75
