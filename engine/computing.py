@@ -60,11 +60,9 @@ class Computing:
         placement = plan.placements[HIGH_NOISE]
         key = (tuple(b.device.torch_device for b in plan.budgets), placement.main_device, plan.shape)
         if self.crew is None or self._key != key:
-            speeds = self.block_speeds
-            shares = [
-                Share(Worker(b.device.index, torch.device(b.device.torch_device)), speeds.get(b.device.index, plan.shares[b.device.index]))
-                for b in plan.budgets
-            ]
+            indices, measured = [b.device.index for b in plan.budgets], self.block_speeds
+            speeds = measured if all(index in measured for index in indices) else plan.shares  # which are of other units
+            shares = [Share(Worker(b.device.index, torch.device(b.device.torch_device)), speeds[b.device.index]) for b in plan.budgets]
             main = next(share.worker for share in shares if share.worker.index == placement.main_device)
             self.crew, self._key = Crew(shares, main, ceilings=self._ceilings), key
         self.crew.slot_bytes = max(expert.largest_block_bytes for expert in self._experts.values())

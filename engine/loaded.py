@@ -96,10 +96,11 @@ class LoadedModel:
             What calls like the expert's ``WanTransformer3DModel``.
 
         Raises:
-            CheckpointError: a file can't be read any more.
+            CheckpointError: a file can't be read any more, or was written to while weights are mapped from it.
         """
         self.finish_handover()
         plan, expert = self.planned(), self.experts[part]
+        expert.check_mapped()
         self._check_cancelled, self._on_stage = check_cancelled, on_stage
         placement = plan.placements[part]
         if self._dispatched.get(part) is placement:
@@ -215,8 +216,8 @@ class LoadedModel:
         return to_make if has_room else 0
 
     def _host_has_room(self, part_bytes: int) -> bool:
-        available = system_memory().available + self._host_pool.prepared_bytes
-        return available - self.planned().reserve.host_bytes >= part_bytes
+        plan, available = self.planned(), system_memory().available + self._host_pool.prepared_bytes
+        return available - plan.reserve.host_bytes - plan.frames_bytes >= part_bytes
 
     # ---- what a run says of itself
 
@@ -275,6 +276,18 @@ class LoadedModel:
                 self._undispatch(other)
                 waiting.drop(parked)
                 self._host_pool.clear()
+
+    def make_room_for_frames(self) -> None:
+        """Have system memory for the run's frames: weights that wait there are let go, and read from their files again when needed."""
+        plan = self.planned()
+        for part, expert in self.experts.items():
+            for name in expert.parts_on(CPU):
+                if system_memory().available >= plan.frames_bytes + plan.reserve.host_bytes // 2:
+                    return
+                if expert.packed(name) or not expert.is_cheap_to_read(name):  # else its pages are the file's
+                    self._undispatch(part)
+                    expert.drop(name)
+                    self._host_pool.clear()
 
     def clear_fetch_rooms(self) -> None:
         """Give back what fetched weights, and what the workers exchange, stood in, on all devices."""

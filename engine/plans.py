@@ -3,8 +3,10 @@
 Joins what the pure planning needs to what a model is; called by the owner of loaded models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
 from typing import Any, Protocol
 
 import torch
@@ -15,16 +17,22 @@ from .handle import ModelHandle
 from .planning.advice import advice
 from .planning.budgets import NO_RESERVE, Budget, Reserve, budgets_for
 from .planning.devices import Machine
-from .planning.footprint import VideoShape, transformer_activation_bytes, worker_activation_bytes
+from .planning.footprint import VideoShape, host_bytes, transformer_activation_bytes, worker_activation_bytes
 from .planning.forecast import WORSE_BY, Forecast, Work, forecast, speed_shares
 from .planning.placement import HOST, Placement, place_expert
-from .planning.remedies import check_host_memory, length_remedy
-from .planning.shares import proportions
+from .planning.remedies import check_host_memory, length_remedy, slider_remedy
+from .planning.shares import proportions, within_limits
 from .weights.expert import CPU, Expert
 from .weights.precision import Precision
 
 # Shares are planned by guessed speeds and corrected by measured ones; so much more than planned a device may be given.
 SHARE_MARGIN = 1.15
+# Halvings in the search for the largest share that fits: to a millionth.
+SHARE_STEPS = 20
+# What memory takes from a share beyond what its speed would give is told from here on.
+NOTED_SHARE = 0.02
+# Of no more GPUs than this, every set is planned: 31, within a second.
+EVERY_SET_OF = 5
 
 
 class PlannedModel(Protocol):
@@ -93,6 +101,11 @@ class Plan:
         placement = self.placements[HIGH_NOISE]
         return torch.device(self.budget(placement.main_device).device.torch_device)
 
+    @property
+    def frames_bytes(self) -> int:
+        """System memory for the frames of a run."""
+        return frames_bytes(self.shape, self.budgets)
+
     def budget(self, index: int) -> Budget:
         return next(b for b in self.budgets if b.device.index == index)
 
@@ -103,6 +116,11 @@ class Plan:
     def spare_bytes(self, index: int) -> int:
         """What a device may use and nothing is planned for."""
         return self.budget(index).usable_bytes - max(p.predicted_peak_bytes(index) for p in self.placements.values())
+
+
+def frames_bytes(shape: VideoShape, budgets: Sequence[Budget]) -> int:
+    """System memory that a run's frames take at their peak, with the VAE's work where the CPU does it."""
+    return host_bytes(shape, vae_on_host=not budgets[0].device.is_gpu)
 
 
 def most_share(share: float) -> float:
@@ -139,14 +157,59 @@ class _Planner:
     loaded: PlannedModel
     machine: Machine
     host_bytes: int
+    # Of weights that wait in system memory, and leave it for frames.
+    waiting_bytes: int
 
-    def shares(self, way: _Way) -> dict[int, float]:
+    def shares(self, way: _Way, size: VideoShape) -> dict[int, float]:
+        """Each device's fraction of the tokens: by its speed, but no more than its memory allows."""
         if not way.parallel:
             return {b.device.index: 1.0 for b in way.budgets}
+        return self._affordable(self._by_speed(way), way, size)
+
+    def share_notes(self, way: _Way, size: VideoShape) -> tuple[str, ...]:
+        """Whose memory allows less than its speed would."""
+        if not way.parallel:
+            return ()
+        shares, wanted = self.shares(way, size), self._by_speed(way)
+        return tuple(
+            f"{b.device.label} computes {shares[b.device.index]:.0%} of the tokens; by its speed it would be {wanted[b.device.index]:.0%}, for "
+            "which its memory does not suffice."
+            for b in way.budgets
+            if shares[b.device.index] < wanted[b.device.index] - NOTED_SHARE
+        )
+
+    def _by_speed(self, way: _Way) -> dict[int, float]:
         measured = {b.device.index: self.loaded.block_speeds.get(b.device.index, 0.0) for b in way.budgets}
         if all(measured.values()):
             return proportions(measured)
         return speed_shares({b.device.index: b.device for b in way.budgets})
+
+    def _affordable(self, wanted: dict[int, float], way: _Way, size: VideoShape) -> dict[int, float]:
+        """The wanted fractions, what some GPU has no memory for going to the others; as wanted, where they have none for that either."""
+        if len(wanted) == 1 or not way.budgets[0].device.is_gpu:
+            return wanted
+        limits = {b.device.index: self._largest_share(b, wanted[b.device.index], size) for b in way.budgets}
+        if all(wanted[index] <= limit for index, limit in limits.items()):
+            return wanted
+        limits = {b.device.index: self._largest_share(b, 1.0, size) for b in way.budgets}
+        if sum(limits.values()) < 1:
+            return wanted
+        return dict(zip(wanted, within_limits(list(wanted.values()), [limits[index] for index in wanted]), strict=True))
+
+    def _largest_share(self, budget: Budget, most: float, size: VideoShape) -> float:
+        """The largest fraction of the tokens, up to ``most``, that a device has memory for beside the blocks it fetches."""
+        room = budget.usable_bytes - 2 * self._largest_block_bytes
+
+        def fits(share: float) -> bool:
+            return max(self._worker_bytes(part, budget.device.index, share, size) for part in self.loaded.experts) <= room
+
+        if fits(most):
+            return most
+        low, high = 0.0, most
+        for _ in range(SHARE_STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
     def place(self, way: _Way, size: VideoShape, *, remedies: bool = True) -> dict[str, Placement]:
         """Both experts' homes.
@@ -154,24 +217,38 @@ class _Planner:
         Raises:
             PlacementError: they don't fit.
         """
-        check_host_memory(size, self.machine.host_available_bytes, vae_on_host=not way.budgets[0].device.is_gpu)
-        sizes = {part: expert.sizes(self.handle.loras.get(part, ())) for part, expert in self.loaded.experts.items()}
-        # Both experts' blocks pass through the same buffers.
-        largest = max(size for parts in sizes.values() for part, size in parts.items() if part.startswith("blocks."))
-        return {
-            part: place_expert(
-                sizes[part],
-                way.budgets,
-                device_map=self.handle.device_map,
-                offload=self.handle.offload,
-                activation_bytes=self._activation_bytes(part, expert, way, size),
-                host_bytes=self.host_bytes,
-                largest_block_bytes=largest,
-                parallel=way.parallel,
-                remedies=remedies,
-            )
-            for part, expert in self.loaded.experts.items()
-        }
+        check_host_memory(size, self.machine.host_available_bytes + self.waiting_bytes, vae_on_host=not way.budgets[0].device.is_gpu)
+        shares = self.shares(way, size)
+        try:
+            return {
+                part: self._place_expert(part, way, size, shares, remedies=remedies and len(shares) == 1) for part in self.loaded.experts
+            }
+        except PlacementError as error:
+            if not remedies or len(shares) == 1:
+                raise
+            raise PlacementError(
+                f"{error} {slider_remedy(way.budgets, lambda tried: self._fits(replace(way, budgets=tried), size))}"
+            ) from None
+
+    def _place_expert(self, part: str, way: _Way, size: VideoShape, shares: Mapping[int, float], *, remedies: bool) -> Placement:
+        return place_expert(
+            self._sizes[part],
+            way.budgets,
+            device_map=self.handle.device_map,
+            offload=self.handle.offload,
+            activation_bytes=self._activation_bytes(part, way, size, shares),
+            host_bytes=self.host_bytes,
+            largest_block_bytes=self._largest_block_bytes,
+            parallel=way.parallel,
+            remedies=remedies,
+        )
+
+    def _fits(self, way: _Way, size: VideoShape) -> bool:
+        try:
+            self.place(way, size, remedies=False)
+        except PlacementError:
+            return False
+        return True
 
     def all_on_gpus(self, way: _Way, size: VideoShape) -> bool:
         """Whether no weights would wait in system memory."""
@@ -181,19 +258,38 @@ class _Planner:
             return False
         return not any(placement.weight_bytes(HOST) for placement in placements.values())
 
-    def _activation_bytes(self, part: str, expert: Expert, way: _Way, size: VideoShape) -> dict[int, int]:
-        widened_bytes = expert.widened_bytes(self.handle.loras.get(part, ()))
-        element, fragmentation = self.loaded.precision.dtype.itemsize, self.machine.fragmentation
-        sizing: Any = {"fragmentation": fragmentation, "widened_bytes": widened_bytes}
-        shares, needs = self.shares(way), {}
-        for index, share in shares.items():
-            if way.parallel and len(shares) > 1:
-                # Which of them hands the tokens out is known only when homes are; it hardly counts.
-                needed = worker_activation_bytes(size, expert.width, element, share=most_share(share), main=True, **sizing)
-            else:
-                needed = transformer_activation_bytes(size, expert.width, element, **sizing)
-            needs[index] = needed + self.loaded.learned_reserve_bytes.get(index, 0)
-        return needs
+    def _activation_bytes(self, part: str, way: _Way, size: VideoShape, shares: Mapping[int, float]) -> dict[int, int]:
+        if way.parallel and len(shares) > 1:
+            return {index: self._worker_bytes(part, index, share, size) for index, share in shares.items()}
+        needed = transformer_activation_bytes(size, self.loaded.experts[part].width, self._element_bytes, **self._sizing(part))
+        return {index: needed + self.loaded.learned_reserve_bytes.get(index, 0) for index in shares}
+
+    def _worker_bytes(self, part: str, index: int, share: float, size: VideoShape) -> int:
+        """What a forward takes besides weights on one of several devices, which is expected to compute this share."""
+        width = self.loaded.experts[part].width
+        # Which of them hands the tokens out is known only when homes are; it hardly counts.
+        needed = worker_activation_bytes(size, width, self._element_bytes, share=most_share(share), main=True, **self._sizing(part))
+        return needed + self.loaded.learned_reserve_bytes.get(index, 0)
+
+    def _sizing(self, part: str) -> Any:
+        return {"fragmentation": self.machine.fragmentation, "widened_bytes": self._widened_bytes[part]}
+
+    @property
+    def _element_bytes(self) -> int:
+        return self.loaded.precision.dtype.itemsize
+
+    @cached_property
+    def _widened_bytes(self) -> dict[str, int]:
+        return {part: expert.widened_bytes(self.handle.loras.get(part, ())) for part, expert in self.loaded.experts.items()}
+
+    @cached_property
+    def _sizes(self) -> dict[str, dict[str, int]]:
+        return {part: expert.sizes(self.handle.loras.get(part, ())) for part, expert in self.loaded.experts.items()}
+
+    @cached_property
+    def _largest_block_bytes(self) -> int:
+        """Both experts' blocks pass through the same buffers."""
+        return max(size for sizes in self._sizes.values() for part, size in sizes.items() if part.startswith("blocks."))
 
     def expected(self, way: _Way, placements: Mapping[str, Placement], size: VideoShape) -> Forecast | None:
         expert = self.loaded.experts[HIGH_NOISE]
@@ -201,7 +297,9 @@ class _Planner:
         work = Work.of(
             size, width=expert.width, ffn_width=config.ffn_dim, blocks=config.num_layers, element_bytes=self.loaded.precision.dtype.itemsize
         )
-        return forecast(placements[HIGH_NOISE], {b.device.index: b.device for b in way.budgets}, work, self.machine.links)
+        devices = {b.device.index: b.device for b in way.budgets}
+        shares = self._affordable(speed_shares(devices), way, size) if way.parallel else None
+        return forecast(placements[HIGH_NOISE], devices, work, self.machine.links, shares)
 
 
 def _ways(execution: str, budgets: tuple[Budget, ...]) -> list[_Way]:
@@ -212,10 +310,14 @@ def _ways(execution: str, budgets: tuple[Budget, ...]) -> list[_Way]:
         return [_Way(False, budgets)]
     ways = [_Way(True, budgets)]
     if len(budgets) > 1 and all(b.device.speed_tflops for b in budgets):
-        # Without any one of them (a fast card may have a slow link), without more and more of the slowest, and each alone.
+        # A fast card may have a slow link, or little memory. Of many GPUs not every set is tried: without any one of them, without more and
+        # more of the slowest, and each alone.
         slowest_first = sorted(budgets, key=lambda b: (float(b.device.speed_tflops or 0), float(b.device.link_bytes_per_s or 0)))
-        left_out = [[budget] for budget in slowest_first] + [slowest_first[:count] for count in range(2, len(budgets))]
-        if len(budgets) > 2:
+        left_out: list[Sequence[Budget]] = []
+        if len(budgets) <= EVERY_SET_OF:
+            left_out += [gone for count in range(1, len(budgets)) for gone in combinations(slowest_first, count)]
+        else:
+            left_out += [[budget] for budget in slowest_first] + [slowest_first[:count] for count in range(2, len(budgets))]
             left_out += [[other for other in budgets if other is not budget] for budget in slowest_first[:-1]]
         ways += [_Way(True, tuple(b for b in budgets if b not in gone)) for gone in left_out]
     return [*ways, _Way(False, budgets)]  # which needs the least memory
@@ -247,8 +349,10 @@ def make_plan(
     """
     held = {d.index: in_memory.resident_bytes(torch.device(d.torch_device)) for d in machine.devices}
     budgets, budget_notes = budgets_for(machine, handle.max_memory_gib, held_bytes=held, reserve=reserve)
-    host_bytes = max(0, machine.host_available_bytes - reserve.host_bytes + in_memory.resident_bytes(CPU))
-    planner = _Planner(handle, loaded, machine, host_bytes)
+    waiting_bytes = in_memory.resident_bytes(CPU)
+    # Frames come when weights stand there already.
+    weights_bytes = machine.host_available_bytes - reserve.host_bytes - frames_bytes(shape, budgets) + waiting_bytes
+    planner = _Planner(handle, loaded, machine, max(0, weights_bytes), waiting_bytes if budgets[0].device.is_gpu else 0)
     ways = _ways(handle.execution, budgets)
     found = _fitting(planner, ways, shape)
     if not found:
@@ -274,10 +378,10 @@ def make_plan(
         loaded.precision,
         machine,
         handle.offload,
-        (*machine.warnings, *notes, *budget_notes, *way_notes, *placements[HIGH_NOISE].notes, *advised),
-        planner.shares(way),
+        (*machine.warnings, *notes, *budget_notes, *way_notes, *planner.share_notes(way, shape), *placements[HIGH_NOISE].notes, *advised),
+        planner.shares(way, shape),
         expected,
-        host_bytes,
+        planner.host_bytes,
         reserve,
     )
 

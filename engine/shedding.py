@@ -1,7 +1,7 @@
 """After an out-of-memory: which device it was, and what leaves it for good."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -68,11 +68,20 @@ def shed(loaded: LoadedModel, index: int, part: str) -> str:
     first = plan.placements[HIGH_NOISE]
     blocks = [name for name, home in first.homes.items() if home == index and name.startswith("blocks.")]
     count = -(-SHED_BYTES // max(1, first.sizes["blocks.0"]))
-    if index == first.main_device and not any(name.startswith("blocks.") for name in first.offloaded):
-        count += 1  # the first block on the host brings a buffer of its size for fetching
+    main, room = first.main_device, 0
+    if not any(name.startswith("blocks.") for name in first.offloaded) and not first.fetch_bytes.get(main):
+        # The first block on the host brings buffers for fetching.
+        buffers = 2 if plan.parallel else 1
+        room = buffers * max(size for p in plan.placements.values() for name, size in p.sizes.items() if name.startswith("blocks."))
+        count += buffers if index == main else 0
     gone = set(blocks[-count:])
     placements = {
-        part: replace(placement, homes={name: HOST if name in gone else home for name, home in placement.homes.items()})
+        part: replace(
+            placement,
+            homes={name: HOST if name in gone else home for name, home in placement.homes.items()},
+            fetch_bytes=_with_more(placement.fetch_bytes, main, room),
+            reserve_bytes=_with_more(placement.reserve_bytes, main, room),
+        )
         for part, placement in plan.placements.items()
     }
     _learn_reserve(loaded, index, sum(first.sizes[name] for name in gone))
@@ -109,6 +118,10 @@ def _waiting_on(loaded: LoadedModel, index: int, part: str) -> list[tuple[str, s
     """(expert, part) of everything on a device that the working expert does not need."""
     device = torch.device(loaded.planned().budget(index).device.torch_device)
     return [(other, name) for other, expert in loaded.experts.items() if other != part for name in expert.parts_on(device)]
+
+
+def _with_more(planned: Mapping[int, int], index: int, more: int) -> dict[int, int]:
+    return {**planned, index: planned.get(index, 0) + more}
 
 
 def _learn_reserve(loaded: LoadedModel, index: int, freed_bytes: int) -> None:

@@ -5,8 +5,6 @@ pulls the others' slices, head group by head group, beside its computing; attend
 what is told to the devices; the host only waits so as not to queue too far ahead.
 """
 
-import time
-from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
@@ -18,11 +16,6 @@ from .crew import Crew, Exchange
 from .functions import BlockFunctions
 from .state import State, placed
 from .workers import Mark
-
-# So many blocks may be queued on the devices behind the one that computes, where blocks are short: enough to keep them busy. Where they are
-# long fewer are, so that a cancel is heard, and all that is queued done, within so many seconds; queueing takes some milliseconds.
-RUN_AHEAD_BLOCKS = 2
-QUEUED_SECONDS = 1.5
 
 
 class BlockLoop:
@@ -36,8 +29,6 @@ class BlockLoop:
 
     def __init__(self, crew: Crew, functions: BlockFunctions, check_cancelled: Callable[[], None]):
         self._crew, self._functions, self._check_cancelled = crew, functions, check_cancelled
-        # What the latest block took, of which the host knows.
-        self._block_seconds = 0.0
 
     def run(
         self,
@@ -56,29 +47,16 @@ class BlockLoop:
         """
         for state in states:
             state.fetcher.begin()
-        queued: deque[list[Mark]] = deque()
-        latest_end: float | None = None
+        ahead = self._crew.run_ahead
+        ahead.begin()
         for block in blocks:
-            while len(queued) > self._run_ahead:
-                for event in queued.popleft():
-                    if event is not None:
-                        event.synchronize()
-                ended = time.perf_counter()
-                if latest_end is not None:
-                    self._block_seconds = ended - latest_end
-                latest_end = ended
+            ahead.wait()
             self._check_cancelled()
             self._trim(states)
             self._run_block(states, block, timed=block in timed)
-            queued.append([state.worker.mark() for state in states])
-            block_done(block, queued[-1])
-
-    @property
-    def _run_ahead(self) -> int:
-        """How many blocks may be queued when another one is to be."""
-        if self._block_seconds * (RUN_AHEAD_BLOCKS + 1) <= QUEUED_SECONDS:
-            return RUN_AHEAD_BLOCKS
-        return max(0, int(QUEUED_SECONDS / self._block_seconds) - 1)
+            marks = [state.worker.mark() for state in states]
+            ahead.queued(marks)
+            block_done(block, marks)
 
     def _trim(self, states: list[State]) -> None:
         for state in states:

@@ -7,6 +7,7 @@ import torch
 
 from .. import probe
 from ..planning.shares import MeasuredSeconds
+from ..run_ahead import RunAhead
 from .fetching import BUFFERS, Slot
 from .groups import attention_rounds, head_groups
 from .links import Link, make_link
@@ -79,6 +80,8 @@ class Crew:
 
     def __post_init__(self) -> None:
         self.measured = MeasuredSeconds()
+        # Both experts' blocks take as long.
+        self.run_ahead = RunAhead()
         self._links: dict[tuple[object, ...], Link] = {}
         self._exchanges: dict[int, Exchange] = {}
         self._exchange_key: tuple[object, ...] = ()

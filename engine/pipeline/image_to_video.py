@@ -167,6 +167,7 @@ class _Run:
         timings = self.loaded.timings()
         latents = latents_for_decoding(latents, vae.config).cpu()
         self.callbacks.on_stage("Decoding the frames")
+        self.loaded.make_room_for_frames()
         frames = frames_from_video(vae.decode(latents))
         peaks = {b.device.index: probe.peak_bytes(b.device.torch_device) for b in self.plan.budgets}
         self.notes += self._timing_notes()

@@ -73,7 +73,9 @@ def speed_shares(devices: Mapping[int, DeviceInfo]) -> dict[int, float]:
     return proportions({index: float(speed or 0) for index, speed in speeds.items()})
 
 
-def forecast(placement: Placement, devices: Mapping[int, DeviceInfo], work: Work, links: Links = NO_LINKS) -> Forecast | None:
+def forecast(
+    placement: Placement, devices: Mapping[int, DeviceInfo], work: Work, links: Links = NO_LINKS, shares: Mapping[int, float] | None = None
+) -> Forecast | None:
     """One forward with a placement; ``None`` where a speed is unknown.
 
     Args:
@@ -81,10 +83,13 @@ def forecast(placement: Placement, devices: Mapping[int, DeviceInfo], work: Work
         devices: those that take part, by visible index.
         work: the forward's.
         links: between the devices; what goes no direct way goes through system memory.
+        shares: the devices' fractions of the tokens; by default those of their speeds.
     """
     if any(not device.speed_tflops for device in devices.values()):
         return None
-    return _parallel(placement, devices, work, links) if placement.parallel else _sequential(placement, devices, work)
+    if not placement.parallel:
+        return _sequential(placement, devices, work)
+    return _parallel(placement, devices, work, links, shares or speed_shares(devices))
 
 
 def _compute_seconds(device: DeviceInfo, flops: float) -> float:
@@ -95,8 +100,7 @@ def _link_seconds(device: DeviceInfo, nbytes: float) -> float:
     return nbytes / device.link_bytes_per_s if device.link_bytes_per_s else 0.0
 
 
-def _parallel(placement: Placement, devices: Mapping[int, DeviceInfo], work: Work, links: Links) -> Forecast:
-    shares = speed_shares(devices)
+def _parallel(placement: Placement, devices: Mapping[int, DeviceInfo], work: Work, links: Links, shares: Mapping[int, float]) -> Forecast:
     blocks = [part for part in placement.homes if part.startswith("blocks.")]
     at_home = {home: sum(placement.sizes[part] for part in blocks if placement.homes[part] == home) for home in (HOST, *devices)}
     worst, copied = Forecast(0.0, "computing"), 0.0

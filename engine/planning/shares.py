@@ -41,15 +41,15 @@ def share_tokens(tokens: int, weights: Sequence[float], most: Sequence[float] | 
         raise ValueError(f"speeds are {list(weights)}; at least one must be above 0, and none below")
     if sum(limits) < 1 - 1e-9:
         raise ValueError(f"the largest shares {limits} leave tokens over")
-    fractions = _within([weight / sum(weights) for weight in weights], limits)
+    fractions = within_limits([weight / sum(weights) for weight in weights], limits)
     # Ends of the ranges are rounded, so that the sum is exact and no device is off by more than one.
     ends = [round(tokens * sum(fractions[: i + 1])) for i in range(len(fractions))]
     ends[-1] = tokens
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def _within(fractions: list[float], limits: list[float]) -> list[float]:
-    """Fractions cut to their limits, what is cut off going to the others in proportion."""
+def within_limits(fractions: Sequence[float], limits: Sequence[float]) -> list[float]:
+    """Fractions cut to their limits, what is cut off going to the others in proportion. Limits whose sum is below 1 leave some over."""
     free = set(range(len(fractions)))
     result = list(fractions)
     while True:

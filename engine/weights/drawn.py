@@ -45,8 +45,8 @@ class DrawnReader(TensorReader):
         super().__init__()
         self._device = device
 
-    def mapped(self, stored: StoredTensor) -> torch.Tensor:
-        return draw(stored.key, stored.shape, self._device, torch.bfloat16).cpu()
+    def all_mapped(self, wanted: Sequence[StoredTensor]) -> dict[StoredTensor, torch.Tensor]:
+        return {stored: draw(stored.key, stored.shape, self._device, torch.bfloat16).cpu() for stored in wanted}
 
     def begin(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]], *, urgent: bool = False) -> Reading:
         for stored, target in wanted:

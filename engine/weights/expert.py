@@ -261,6 +261,14 @@ class Expert:
         """Whether the file holds nearly all of this part as it is kept, so that the mapped file serves as its host copy."""
         return self._keeper.converted_bytes(self._names[part], self._adapters) <= CHEAP_SHARE * self.part_bytes(part)
 
+    def check_mapped(self) -> None:
+        """Check that the files that weights are mapped from, if any, were not written to.
+
+        Raises:
+            CheckpointError: one was.
+        """
+        self._keeper.reader.check_mapped()
+
     def close_files(self) -> None:
         """Let go of what reading took, once everything is at home."""
         self._keeper.close()

@@ -3,7 +3,6 @@
 On accelerate's hooks. accelerate's own offloading allocates leaf by leaf; ``FetchHook`` copies a whole block into room that is made once.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -14,11 +13,10 @@ from accelerate.utils import find_device, send_to_device
 from torch import nn
 
 from .. import probe
+from ..run_ahead import RunAhead
 from .packing import ALIGNMENT_BYTES
 
 CheckCancelled = Callable[[], None]
-# So many blocks may be queued on a GPU before the host waits: enough to keep it busy, few enough to stop within a moment.
-RUN_AHEAD_BLOCKS = 2
 
 
 class FetchBuffer:
@@ -118,17 +116,19 @@ class PaceHook(ModelHook):
     from keeping more than its limit."""
 
     def __init__(
-        self, device: torch.device, check_cancelled: CheckCancelled, ceilings: Mapping[torch.device, int], queued: "deque[torch.cuda.Event]"
+        self, device: torch.device, check_cancelled: CheckCancelled, ceilings: Mapping[torch.device, int], ahead: RunAhead, *, first: bool
     ):
         self.device = device
         self.check_cancelled = check_cancelled
         self.ceilings = ceilings
-        self.queued = queued
+        self.ahead = ahead
+        self.first = first
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.first:
+            self.ahead.begin()
+        self.ahead.wait()
         self.check_cancelled()
-        while len(self.queued) > RUN_AHEAD_BLOCKS:
-            self.queued.popleft().synchronize()
         probe.trim(str(self.device), self.ceilings[self.device])
         return args, kwargs
 
@@ -136,7 +136,7 @@ class PaceHook(ModelHook):
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
-            self.queued.append(event)
+            self.ahead.queued([event])
         return output
 
 
@@ -163,7 +163,7 @@ def attach(
     """
     fetches: list[FetchHook] = []
     buffers = {device: FetchBuffer(device) for device in set(execution_devices.values())}
-    queued: deque[torch.cuda.Event] = deque()
+    ahead = RunAhead()
     add_hook_to_module(model, SendHook(main_device, return_to_input=True))
     for name, device in execution_devices.items():
         module = model.get_submodule(name)
@@ -171,7 +171,7 @@ def attach(
             continue  # a norm without weights computes where its input is
         add_hook_to_module(module, SendHook(device), append=True)
         if name.startswith("blocks."):
-            add_hook_to_module(module, PaceHook(device, check_cancelled, ceilings, queued), append=True)
+            add_hook_to_module(module, PaceHook(device, check_cancelled, ceilings, ahead, first=name == "blocks.0"), append=True)
         if name in offloaded:
             is_block = name.startswith("blocks.")
             fetch = FetchHook(buffers[device] if is_block else FetchBuffer(device), keep_room=is_block)

@@ -256,10 +256,12 @@ class Keeper:
 
     def loose(self, part: str, names: Sequence[str], adapters: Adapters, convert_on: torch.device, *, only_added: bool = False) -> Tensors:
         """Parameters as tensors of the CPU, which are the mapped file where it has them as they are kept. Arguments as for :meth:`fill`."""
+        steps = list(self._steps(part, names, adapters, convert_on, only_added=only_added))
+        mapped = self.reader.all_mapped([step.sources[0] for step in steps if step.made is None])
         found: Tensors = {}
-        for step in self._steps(part, names, adapters, convert_on, only_added=only_added):
+        for step in steps:
             if step.made is None:
-                found[step.name] = self.reader.mapped(step.sources[0])
+                found[step.name] = mapped[step.sources[0]]
             else:
                 made = step.made([self.reader.mapped(source).to(convert_on) for source in step.sources])
                 found.update({name: tensor.to(CPU) for name, tensor in made.items()})

@@ -3,7 +3,6 @@
 Knows files and memory on the CPU, nothing of threads or GPUs; called by the reader of tensors (reading.py).
 """
 
-import mmap
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ import torch
 
 from ..checkpoints.stored import StoredTensor
 from ..errors import CheckpointError
-from .precision import stored_dtype
 
 # Small enough that all threads have something to do until nearly the end, large enough that Python's work for each counts little.
 PIECE_BYTES = 8 * 1024**2
@@ -42,7 +40,7 @@ class Piece:
 def pieces_of(wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[Piece]:
     """What is wanted in pieces of about one size: what lies near each other in a file is cut without regard to where tensors end."""
     ordered = sorted(wanted, key=lambda pair: (_whose(pair), pair[0].offset))
-    for _, near in groupby(_numbered_runs(ordered), key=lambda found: found[0]):
+    for _, near in groupby(numbered_runs(ordered), key=lambda found: found[0]):
         run = [pair for _, pair in near]
         first, last = run[0][0], run[-1][0]
         size = last.offset + last.size_bytes - first.offset
@@ -58,7 +56,7 @@ def _whose(pair: tuple[StoredTensor, torch.Tensor]) -> tuple[str, int, str]:
     return str(stored.file), stored.modified_ns, str(target.device)
 
 
-def _numbered_runs(ordered: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[tuple[int, tuple[StoredTensor, torch.Tensor]]]:
+def numbered_runs(ordered: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[tuple[int, tuple[StoredTensor, torch.Tensor]]]:
     """Tensors that lie behind each other in a file have one number. Those without a byte are left out."""
     number, whose, end = 0, None, 0
     for pair in ordered:
@@ -79,24 +77,6 @@ def _cut(run: Sequence[tuple[StoredTensor, torch.Tensor]], each: int) -> Iterato
         # One call of torch's for all parts: it lets other threads in at each.
         parts = target.split([b - a for a, b in pairwise(cuts)]) if len(cuts) > 2 else (target,)
         yield from zip((first + cut for cut in cuts), parts, strict=False)
-
-
-def mapped(stored: StoredTensor) -> torch.Tensor:
-    """A tensor on the CPU whose memory is the file's own pages, fetched when touched. Writing to it does not change the file."""
-    dtype = stored_dtype(stored)
-    if stored.elements == 0:
-        return torch.empty(stored.shape, dtype=dtype)
-    # Only its own pages: systems refuse a private mapping of more than they have memory.
-    begin = stored.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    within = stored.offset - begin
-    with named(stored.file), stored.file.open("rb") as file:
-        found = os.fstat(file.fileno())
-        if found.st_size < stored.offset + stored.size_bytes:
-            raise EOFError("it has become shorter")
-        check_unchanged(stored.file, found, stored.modified_ns)
-        pages = mmap.mmap(file.fileno(), within + stored.size_bytes, access=mmap.ACCESS_COPY, offset=begin)
-    count = stored.size_bytes // dtype.itemsize
-    return torch.frombuffer(pages, dtype=dtype, count=count, offset=within).view(raw_shape(stored))
 
 
 def read_alone(piece: Piece) -> None:
@@ -127,7 +107,12 @@ def read_at(file: IO[bytes], rest: memoryview, offset: int) -> None:
 def check_unchanged(path: Path, found: os.stat_result, modified_ns: int) -> None:
     """Another file under the same name has other tensors at the same places."""
     if modified_ns and found.st_mtime_ns != modified_ns:
-        raise CheckpointError(f"{path} was changed after it was chosen. Run again, so that it is looked at anew.")
+        raise changed(path)
+
+
+def changed(path: Path) -> CheckpointError:
+    """What to raise where a file is not what it was."""
+    return CheckpointError(f"{path} was changed after it was chosen. Run again, so that it is looked at anew.")
 
 
 @contextmanager
@@ -144,7 +129,8 @@ def _unreadable(path: Path, why: object) -> CheckpointError:
 
 
 def raw_shape(stored: StoredTensor) -> tuple[int, ...]:
-    """The shape of what the file has: the values' own, or rows of GGUF's bytes."""
+    """The shape of what the file has: the values' own, or rows of GGUF's bytes; what is no matrix is one row."""
     if stored.gguf_type is None:
         return stored.shape
-    return stored.shape[0], stored.size_bytes // stored.shape[0]
+    rows = stored.shape[0] if len(stored.shape) > 1 else 1
+    return rows, stored.size_bytes // rows

@@ -21,6 +21,7 @@ import torch
 from ..checkpoints.stored import StoredTensor
 from ..host_memory import host_buffer
 from . import pieces
+from .mapping import MappedFiles
 from .pieces import Piece
 from .precision import stored_dtype
 
@@ -164,6 +165,7 @@ class TensorReader:
         # Buffers whose copies are queued and may be under way.
         self._sent: list[tuple[torch.cuda.Event, list[_Buffer]]] = []
         self._under_way: list[Reading] = []
+        self._mapped = MappedFiles()
         # Each thread's own, until the thread ends.
         self._files = threading.local()
         self._opened: list[IO[bytes]] = []
@@ -185,7 +187,15 @@ class TensorReader:
 
     def mapped(self, stored: StoredTensor) -> torch.Tensor:
         """A tensor on the CPU whose memory is the file's own pages, fetched when touched. Writing to it does not change the file."""
-        return pieces.mapped(stored)
+        return self.all_mapped([stored])[stored]
+
+    def all_mapped(self, wanted: Sequence[StoredTensor]) -> dict[StoredTensor, torch.Tensor]:
+        """As :meth:`mapped`, of several tensors."""
+        return self._mapped.tensors(wanted)
+
+    def check_mapped(self) -> None:
+        """Check that no file whose pages are in use was written to."""
+        self._mapped.check()
 
     def read(self, stored: StoredTensor) -> torch.Tensor:
         """A tensor on the CPU, in memory of its own."""

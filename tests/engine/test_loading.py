@@ -120,7 +120,7 @@ def test_no_more_is_made_ahead_than_the_system_has_room_for(
 
     def memory() -> SystemMemory:
         plan = one.owner.loaded.plan if one.owner.loaded is not None else None
-        kept = plan.reserve.host_bytes if plan is not None else 0
+        kept = plan.reserve.host_bytes + plan.frames_bytes if plan is not None else 0
         return replace(system_memory(), available=kept + int(room * expert.block_bytes) - sum(made))
 
     monkeypatch.setattr(loaded_module, "system_memory", memory)

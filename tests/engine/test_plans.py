@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from imagined_machine import TinyExpert, gpu, machine
 from wan_sharded.engine import open_model
 from wan_sharded.engine.calibration import model_shape
@@ -213,3 +214,72 @@ def test_what_is_asked_for_is_done(tiny_checkpoint: Path, execution: str, parall
 def test_a_cpu_computes_one_block_after_the_other(tiny_checkpoint: Path) -> None:
     cpu = DeviceInfo(0, "CPU", "cpu", 64 * GIB, 60 * GIB, is_gpu=False)
     assert not plan_of(tiny_checkpoint, cpu, shape=TINY).parallel
+
+
+SMALL_AND_FAST = (
+    replace(gpu(0, 8, free_gib=7.2), speed_tflops=75.0, link_bytes_per_s=12e9),
+    replace(gpu(1, 12, free_gib=11.2), speed_tflops=28.0, link_bytes_per_s=12e9),
+)
+
+
+def fp8_plan(*devices: DeviceInfo, shape: VideoShape, execution: str = "auto", host_gib: float = 128) -> Plan:
+    handle = ModelHandle(model_shape(), "fp8_e4m3fn", "balanced", execution, "auto", {})
+    return ModelOwner().dry_plan(handle, replace(machine(*devices), host_available_bytes=int(host_gib * GIB), fragmentation=1.4), shape)
+
+
+@pytest.mark.parametrize("execution", ["auto", "parallel"])
+def test_a_fast_gpu_with_little_memory_computes_what_it_has_memory_for(execution: str) -> None:
+    """Its speed alone would give it 73 % of the tokens of this length, which do not fit; the slow one alone would take twice as long."""
+    fits, larger = VideoShape(1280, 720, 81), VideoShape(1280, 720, 101)
+    assert fp8_plan(*SMALL_AND_FAST, shape=fits, execution=execution).shares == pytest.approx({0: 75 / 103, 1: 28 / 103})
+    plan = fp8_plan(*SMALL_AND_FAST, shape=larger, execution=execution)
+    assert plan.parallel and taking_part(plan) == [0, 1]
+    assert 0.4 < plan.shares[0] < 0.6 and sum(plan.shares.values()) == pytest.approx(1)
+    for placement in plan.placements.values():
+        for budget in plan.budgets:
+            assert placement.predicted_peak_bytes(budget.device.index) <= budget.usable_bytes
+    (note,) = [note for note in plan.notes if "by its speed it would be" in note]
+    assert note.startswith("GPU 0 · Imagined 8 GB computes ") and "73%" in note
+    alone = fp8_plan(SMALL_AND_FAST[1], shape=larger)
+    assert plan.expected is not None and alone.expected is not None
+    assert plan.expected.seconds == pytest.approx(alone.expected.seconds * plan.shares[1])
+
+
+def test_every_set_of_a_few_gpus_is_tried() -> None:
+    """Neither of two fast ones with little memory takes part, so that both slow ones with much can."""
+    large = [replace(gpu(index, 24), speed_tflops=70.0, link_bytes_per_s=12e9) for index in range(2)]
+    small = [replace(SMALL_AND_FAST[0], index=index, torch_device=f"cuda:{index}") for index in (2, 3)]
+    plan = fp8_plan(*large, *small, shape=VideoShape(1280, 720, 121))
+    assert plan.parallel and taking_part(plan) == [0, 1]
+
+
+def test_another_gpu_beside_measured_ones_starts_with_its_planned_share(tiny_checkpoint: Path) -> None:
+    """Speeds that were measured are tokens a second, beside which a fraction is nothing."""
+    owner, where = ModelOwner(), machine(*(timed(index) for index in range(3)))
+    two = open_model(tiny_checkpoint, weight_dtype="fp32", execution="parallel", max_memory_gib={2: -1})
+    loaded = owner.obtain(two, where, P480)
+    crew = loaded.computing._crew_of(loaded.planned())
+    for share in crew.shares:
+        share.speed, share.worker.is_timed = 6000.0 + share.worker.index, True
+    three = open_model(tiny_checkpoint, weight_dtype="fp32", execution="parallel")
+    loaded = owner.obtain(three, where, P480)
+    assert [share.speed for share in loaded.computing._crew_of(loaded.planned()).shares] == pytest.approx([1 / 3] * 3)
+
+
+def test_frames_have_system_memory_beside_weights() -> None:
+    """What weights may take leaves room for them; and weights that wait there from the run before leave it for them."""
+    shape, where = VideoShape(1280, 720, 81), (SMALL_AND_FAST[1],)
+    plan = fp8_plan(*where, shape=shape, host_gib=24)
+    assert plan.host_bytes == 24 * GIB - plan.reserve.host_bytes - plan.frames_bytes
+    assert plan.frames_bytes > 3 * GIB
+    handle = ModelHandle(model_shape(), "fp8_e4m3fn", "balanced", "auto", "auto", {})
+    owner, first = ModelOwner(), replace(machine(*where), host_available_bytes=24 * GIB, fragmentation=1.4)
+    loaded, waiting = owner.obtain(handle, first, shape), 0
+    expert = loaded.experts["transformer_2"]
+    for name in expert.parts:
+        if waiting + expert.part_bytes(name) <= plan.host_bytes:
+            expert._locations[name], waiting = torch.device("cpu"), waiting + expert.part_bytes(name)
+    less = replace(first, host_available_bytes=2 * GIB)
+    assert owner.obtain(handle, less, shape).planned().frames_bytes == plan.frames_bytes
+    with pytest.raises(PlacementError, match=r"of system memory for its frames, and 2\.0 GiB are free"):
+        ModelOwner().obtain(handle, less, shape)

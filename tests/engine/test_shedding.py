@@ -16,11 +16,12 @@ import torch
 from engine_bench import MIB, Bench, sliders
 from imagined_machine import TinyExpert
 from wan_sharded.engine import ModelHandle, open_model
+from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, LOW_NOISE
 from wan_sharded.engine.errors import PlacementError
 from wan_sharded.engine.host_memory import HostPool
 from wan_sharded.engine.planning.devices import GIB
 from wan_sharded.engine.planning.placement import HOST
-from wan_sharded.engine.shedding import relieving_settings
+from wan_sharded.engine.shedding import relieving_settings, shed
 
 
 @pytest.mark.parametrize("execution", ["sequential", "parallel"])
@@ -45,6 +46,27 @@ def test_a_forward_that_runs_out_of_memory_is_repeated_with_more_on_the_host(
     again = one.run(handle)
     assert torch.equal(again.frames, expected)
     assert not any("ran out of memory" in note for note in again.notes), "learned"
+
+
+@pytest.mark.parametrize(("execution", "buffers"), [("parallel", 2), ("sequential", 1)])
+def test_what_is_fetched_from_then_on_has_its_room(bench: Callable[..., Bench], checkpoint: Path, execution: str, buffers: int) -> None:
+    """Where nothing waited on the host before, nothing was planned for fetching it."""
+    one = bench()
+    handle = open_model(checkpoint, weight_dtype="fp32", execution=execution)
+    one.run(handle)
+    loaded = one.owner.loaded
+    assert loaded is not None
+    before = loaded.planned().placements[HIGH_NOISE]
+    largest = max(size for name, size in before.sizes.items() if name.startswith("blocks."))
+    if execution == "parallel":
+        shed(loaded, 0, LOW_NOISE)  # what waits goes first
+    shed(loaded, 0, LOW_NOISE)
+    for placement in loaded.planned().placements.values():
+        assert HOST in placement.homes.values()
+        assert placement.fetch_bytes[0] == buffers * largest
+        assert placement.reserve_bytes[0] == before.reserve_bytes[0] + buffers * largest
+    shed(loaded, 0, LOW_NOISE)
+    assert loaded.planned().placements[HIGH_NOISE].fetch_bytes[0] == buffers * largest
 
 
 def test_what_cannot_be_helped_is_raised_and_everything_let_go(

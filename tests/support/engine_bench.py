@@ -1,7 +1,7 @@
 """An engine on imagined GPUs that count every byte, with what tests look at."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,17 +82,17 @@ def benches(
 ) -> Iterator[Callable[..., Bench]]:
     """Makes benches with so many GPUs, of so many bytes each; released at the end."""
     made: list[Bench] = []
-    mapped, begin = TensorReader.mapped, TensorReader.begin
+    all_mapped, begin = TensorReader.all_mapped, TensorReader.begin
 
-    def watched_mapped(reader: TensorReader, stored: StoredTensor) -> torch.Tensor:
-        made[-1].read.append(stored.key)
-        return mapped(reader, stored)
+    def watched_mapped(reader: TensorReader, wanted: Sequence[StoredTensor]) -> dict[StoredTensor, torch.Tensor]:
+        made[-1].read.extend(stored.key for stored in wanted)
+        return all_mapped(reader, wanted)
 
     def watched_begin(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]], **options: bool) -> Reading:
         made[-1].read.extend(stored.key for stored, target in wanted if target.device == CPU)
         return begin(reader, wanted, **options)
 
-    monkeypatch.setattr(TensorReader, "mapped", watched_mapped)  # imagined GPUs are given pages of the file
+    monkeypatch.setattr(TensorReader, "all_mapped", watched_mapped)  # imagined GPUs are given pages of the file
     monkeypatch.setattr(TensorReader, "begin", watched_begin)
     # By what was timed, shares would differ from run to run, and the frames in rounding.
     monkeypatch.setattr(forward_module, "better_speeds", lambda *args: None)

@@ -1,6 +1,6 @@
 """What an expert's single file stands for, read without the engine; diffusers' own model of it; LoRAs merged into it; who reads what."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,16 +139,16 @@ def shapes_of(files: ComponentFiles) -> dict[str, tuple[int, ...]]:
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[StoredTensor]:
     """A list that every tensor is added to, each time it is read: as pages of its file (for imagined GPUs too), or into memory."""
     found: list[StoredTensor] = []
-    mapped, begin = TensorReader.mapped, TensorReader.begin
+    all_mapped, begin = TensorReader.all_mapped, TensorReader.begin
 
-    def watched_mapped(reader: TensorReader, stored: StoredTensor) -> torch.Tensor:
-        found.append(stored)
-        return mapped(reader, stored)
+    def watched_mapped(reader: TensorReader, wanted: Sequence[StoredTensor]) -> dict[StoredTensor, torch.Tensor]:
+        found.extend(wanted)
+        return all_mapped(reader, wanted)
 
     def watched_begin(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]], **options: bool) -> Reading:
         found.extend(stored for stored, target in wanted if target.device.type == "cpu")
         return begin(reader, wanted, **options)
 
-    monkeypatch.setattr(TensorReader, "mapped", watched_mapped)
+    monkeypatch.setattr(TensorReader, "all_mapped", watched_mapped)
     monkeypatch.setattr(TensorReader, "begin", watched_begin)
     return found

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from wan_sharded.engine.parallel import blocks as blocks_module
-from wan_sharded.engine.parallel.blocks import QUEUED_SECONDS, RUN_AHEAD_BLOCKS, BlockLoop
+from wan_sharded.engine import run_ahead
+from wan_sharded.engine.parallel.blocks import BlockLoop
+from wan_sharded.engine.run_ahead import QUEUED_SECONDS, RUN_AHEAD_BLOCKS, RunAhead
 
 BLOCKS = 12
 
@@ -49,8 +50,8 @@ class Device:
 
 
 def loop_of(device: Device, monkeypatch: pytest.MonkeyPatch) -> tuple[BlockLoop, list[Any]]:
-    monkeypatch.setattr(blocks_module, "time", SimpleNamespace(perf_counter=lambda: device.now))
-    crew: Any = SimpleNamespace(ceilings={})
+    monkeypatch.setattr(run_ahead, "time", SimpleNamespace(perf_counter=lambda: device.now))
+    crew: Any = SimpleNamespace(ceilings={}, run_ahead=RunAhead())
     loop = BlockLoop(crew, SimpleNamespace(), device.check_cancelled)  # type: ignore[arg-type]
     monkeypatch.setattr(loop, "_run_block", device.compute)
     state = SimpleNamespace(worker=SimpleNamespace(mark=device.mark, device="cpu"), fetcher=SimpleNamespace(begin=lambda: None))
@@ -68,6 +69,30 @@ def test_a_cancel_leaves_little_to_be_waited_for(block_seconds: float, moment: f
         loop.run(states, range(BLOCKS), ())
     # The error goes on when all that is queued is done.
     assert max(device.busy_until, device.now) - device.cancelled_at <= QUEUED_SECONDS + 1e-9
+
+
+@pytest.mark.parametrize("block_seconds", [0.3, 1.4, 6.0])
+def test_before_any_block_was_timed_too(block_seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first forward on slow GPUs: no more than the block that computes is waited for."""
+    device = Device(block_seconds)
+    loop, states = loop_of(device, monkeypatch)
+    device.cancelled_at = 0.1
+    with pytest.raises(Cancelled):
+        loop.run(states, range(BLOCKS), ())
+    assert max(device.busy_until, device.now) <= max(block_seconds, device.cancelled_at + QUEUED_SECONDS)
+
+
+def test_the_other_experts_forward_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each expert's forward has a loop of its own; the crew is the same."""
+    device = Device(0.01)
+    loop, states = loop_of(device, monkeypatch)
+    loop.run(states, range(BLOCKS), ())
+    device.most_queued = 0
+    device.now = device.busy_until
+    other = BlockLoop(loop._crew, SimpleNamespace(), device.check_cancelled)  # type: ignore[arg-type]
+    monkeypatch.setattr(other, "_run_block", device.compute)
+    other.run(states, range(3), ())
+    assert device.most_queued == RUN_AHEAD_BLOCKS + 1
 
 
 def test_short_blocks_are_queued_ahead_and_the_longest_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """One run from outside: reports, results, and that whatever stops a run leaves nothing behind that the next one could meet."""
 
 import gc
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -311,6 +312,27 @@ def test_values_that_are_no_numbers_stop_the_run(tmp_path: Path, tiny_checkpoint
     with pytest.raises(ComputationError, match=r"Step 2 \(low noise expert\) gave values that are no numbers.*download it again"):
         ImageToVideo(ModelOwner())(open_model(folder), quick(), Callbacks(on_step=reports.append))
     assert len(reports) == 1
+
+
+def test_a_file_that_is_written_to_while_the_cpu_computes_from_it(tmp_path: Path, tiny_checkpoint: Path, make_request: Request) -> None:
+    """A download that begins again under its name: the run ends, rather than going on with another model's weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    engine, handle = ImageToVideo(ModelOwner()), open_model(folder, weight_dtype="fp32")
+    before = file.stat()
+
+    def write(_: StepReport) -> None:
+        with file.open("r+b") as opened:
+            opened.seek(before.st_size - 64)
+            opened.write(bytes(64))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+
+    request = make_request(num_inference_steps=3, switch_step=2, guidance_scale=1.0)
+    with pytest.raises(CheckpointError, match=r"was changed after it was chosen. Run again"):
+        engine(handle, request, Callbacks(on_step=write))
+    again = engine(open_model(folder, weight_dtype="fp32"), request)
+    assert torch.isfinite(again.frames).all()
 
 
 def test_a_gpu_without_bf16_has_the_model_compute_in_fp16(tiny_checkpoint: Path, quick: Request) -> None:

@@ -305,3 +305,10 @@ def test_for_nothing_no_thread_is_made(reader: TensorReader) -> None:
     before = threading.active_count()
     reader.begin([]).wait()
     assert threading.active_count() == before
+
+
+def test_gguf_of_what_is_no_matrix(reader: TensorReader, tmp_path: Path) -> None:
+    """A bias that is quantized: one row."""
+    content = any_bytes(4 * 34)
+    for got in read_all(reader, stored_in(tmp_path / "a.gguf", content, "GGUF:Q8_0", (128,), 32)):
+        assert torch.equal(got, content.view(1, 136))
