@@ -9,7 +9,7 @@ import folder_paths
 from ..engine import ModelHandle, with_loras
 from ..engine.checkpoints.assemble import closest
 from ..engine.checkpoints.lora import LoraFile
-from ..engine.checkpoints.pairing import noise_level
+from ..engine.checkpoints.pairing import noise_level, surely_for
 from ..engine.checkpoints.stored import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE, fingerprint_of
 from ..engine.errors import CheckpointError, InvalidRequestError
 
@@ -73,10 +73,12 @@ def _path(part: str, name: str) -> Path | None:
         return None
     slot, names = f"{_LEVELS[part]}_noise_lora", folder_paths.get_filename_list(_CATEGORY)
     path = folder_paths.get_full_path(_CATEGORY, name)
+    if path is None and name in names:
+        raise CheckpointError(f"{slot}: {name!r} is a link that leads nowhere. Mend it, or choose another file.")
     if path is None or name not in names:  # the latter because a prompt comes from the network
         known = f"Choose one of: {closest(name, names)}" if names else "There is no other"
         raise CheckpointError(f"{slot}: there is no file {name!r} here. {known}. Files belong into ComfyUI's models/loras.")
-    level = noise_level(name)
+    level = surely_for(name, names)
     if level is not None and level != _LEVELS[part]:
         raise CheckpointError(
             f"{slot} is {name}, whose name says that it is for the {level} noise expert. Choose it as {level}_noise_lora, and the "
@@ -92,12 +94,15 @@ def _report(part: str, name: str, strength: float, file: LoraFile) -> list[str]:
     kinds += [f"{len(file.differences)} {'other ' if ranks else ''}parameters as a whole"] if file.differences else []
     lines = [f"{EXPERT_WORDS[part].capitalize()}: {name} at strength {strength:g} changes {' and '.join(kinds)}."]
     logger.info("Wan Sharded LoRA: %s", lines[0])
+    level = noise_level(name)
+    if level is not None and level != _LEVELS[part]:
+        lines.append(f"Its name has {level!r} in it: should that mean the {level} noise expert, choose it as {level}_noise_lora.")
     if file.unmatched:
         more = ", ..." if len(file.unmatched) > _NAMED else ""
         lines.append(
             f"Left out, since this expert has no weights of that name or shape: {', '.join(file.unmatched[:_NAMED])}{more} ({len(file.unmatched)} in all)"
         )
-        logger.warning("Wan Sharded LoRA: %s: %s", name, lines[1])
+        logger.warning("Wan Sharded LoRA: %s: %s", name, lines[-1])
     return lines
 
 

@@ -71,6 +71,8 @@ def choose(model: str, high_noise_model: str, low_noise_model: str, text_encoder
         single = True
         notes.append(f"{model} is not on this computer and not downloaded, since files are chosen for the experts.")
     if single:
+        for widget, name in (("high_noise_model", high_noise), ("low_noise_model", low_noise)):
+            _expert_file(widget, name)  # one that is not there has no partner either
         high_noise, low_noise, found = with_partner(high_noise, low_noise, _expert_names())
         notes += found
     files = {
@@ -119,6 +121,8 @@ def _part_file(widget: str, name: str) -> Path | None:
 
 
 def _existing(widget: str, name: str, path: str | Path | None, names: list[str], folder: str) -> Path:
+    if path is None and name in names:
+        raise CheckpointError(f"{widget}: {name!r} is a link that leads nowhere. Mend it, or choose another file.")
     if path is None or name not in names:  # the latter because a prompt comes from the network
         known = f"Choose one of: {closest(name, names)}" if names else "There is no other"
         raise CheckpointError(f"{widget}: there is no file {name!r} here. {known}. Files belong into ComfyUI's models/{folder}.")

@@ -10,7 +10,7 @@ from .checkpoints.assemble import assemble_model, with_partner
 from .checkpoints.diffusers_folder import open_diffusers_folder
 from .checkpoints.hub import OnProgress, cached_folder, download_model, is_hub_id
 from .checkpoints.lora import LoraChoice, fitted, open_lora_file
-from .checkpoints.pairing import noise_level
+from .checkpoints.pairing import surely_for
 from .checkpoints.stored import EXPERT_WORDS, HIGH_NOISE, LOW_NOISE, ModelFiles
 from .errors import CheckpointError, InvalidRequestError
 from .planning.placement import DEVICE_MAPS, OFFLOADS
@@ -131,12 +131,19 @@ def with_loras(handle: ModelHandle, *, high_noise: Iterable[Lora] = (), low_nois
 def _check_lora_choice(file: Path, strength: float, part: str) -> None:
     if not isinstance(strength, int | float) or not math.isfinite(strength):
         raise InvalidRequestError(f"The strength of {file.name} is {strength}; choose a number, 1 is usual.")
-    level = noise_level(file.name)
+    level = surely_for(file.name, _names_beside(file))
     if level is not None and level != _LEVELS[part]:
         raise CheckpointError(
             f"{file.name} is given for the {EXPERT_WORDS[part]}, but its name says that it is for the {level} noise expert. Give it as "
             f"{level}_noise. If it is meant for both, give the file a name without {level!r}."
         )
+
+
+def _names_beside(file: Path) -> list[str]:
+    try:
+        return os.listdir(file.parent)
+    except (OSError, ValueError):  # reading the file says what is wrong
+        return []
 
 
 def _model_folder(model: str, has_experts: bool, on_download: OnProgress | None) -> Path | None:

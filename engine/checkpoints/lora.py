@@ -165,7 +165,8 @@ def fitted(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]], expert_words: 
     other_channels = (pair is not None and pair.down.elements // pair.rank != math.prod(shape[1:])) or (
         difference is not None and difference.shape[:1] == shape[:1] and difference.shape != shape
     )
-    if other_channels:
+    has_more = bool(lora.low_rank.keys() - {module}) or bool(lora.differences.keys() - {weight})
+    if other_channels and has_more:
         keys = (*((pair.down.key, pair.up.key) if pair else ()), *((difference.key,) if difference else ()))
         lora = replace(
             lora,

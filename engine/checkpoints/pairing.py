@@ -13,11 +13,11 @@ Level = Literal["high", "low"]
 _OTHER: dict[Level, Level] = {"high": "low", "low": "high"}
 _PARTS: dict[Level, str] = {"high": HIGH_NOISE, "low": LOW_NOISE}
 # HIGH, High, high and numbers, also in one piece: I2VHighNoise.
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_WORD = re.compile(r"(?:TI|[IT])2V|(?:HIGH|LOW)(?=noise)|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # Behind these, high and low are about something else: HighRes, low_vram.
 _ELSE = frozenset(
     "res resolution quality motion dynamic dynamics vram ram mem memory poly fps speed rank end detail details contrast light key angle "
-    "def definition step steps cfg bit bits precision pass frequency freq".split()
+    "def definition step steps cfg bit bits precision pass frequency freq lighting compression".split()
 )
 
 
@@ -66,6 +66,18 @@ def partner(name: str, choices: Sequence[str]) -> str | None:
         if found:
             return found[0] if len(found) == 1 else None
     return None
+
+
+def surely_for(name: str, choices: Sequence[str]) -> Level | None:
+    """As :func:`noise_level`, where a name can hardly mean anything else: it says noise, or the other expert's file is there too.
+
+    LoRAs have names of what they show, too: high heels, low lighting.
+    """
+    level = noise_level(name)
+    if level is None:
+        return None
+    says_noise = any(mention.noise for part in _path(name) for mention in _mentions(part))
+    return level if says_noise or partner(name, choices) is not None else None
 
 
 def check_slot(name: str, wanted: str) -> None:

@@ -48,9 +48,9 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
                 what = next((words for begin, words in _OTHERS.items() if length_field.startswith(begin)), "")
                 raise CheckpointError(f"{name} is no complete safetensors file ({size} bytes{what}). Download it again.")
             raw = file.read(header_length)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of names that can be none
         raise CheckpointError(
-            f"{path} cannot be read: {error.strerror or error}. Check the file and its permissions, or download it again."
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}. Check the file and its permissions, or download it again."
         ) from error
     data_begin = 8 + header_length
     try:
@@ -68,6 +68,7 @@ def _entry(path: Path, key: str, value: dict[str, Any], data_begin: int, modifie
     shape, dtype = value["shape"], value["dtype"]
     if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape) or not isinstance(dtype, str):
         raise ValueError("shape or dtype")
+    key.encode()  # half a character can't be said in a message
     begin, end = value["data_offsets"]
     if type(begin) is not int or type(end) is not int:
         raise ValueError("data_offsets")

@@ -18,7 +18,7 @@ from .gguf_file import MAGIC as GGUF_MAGIC
 from .gguf_file import check_widenable, read_gguf_header
 from .recognise import CHOOSE_EXPERT, EXPERT, UMT5, UMT5_GGUF, recognise, refusal
 from .safetensors_header import read_header_and_metadata
-from .stored import LATENT_CHANNELS, ComponentFiles, StoredTensor
+from .stored import FEW_BITS, LATENT_CHANNELS, ComponentFiles, StoredTensor
 from .wan_names import PREFIXES, block_number, diffusers_name, without_prefix
 
 PICKLED = (".pt", ".pt2", ".pth", ".ckpt", ".bin", ".pkl")
@@ -39,7 +39,6 @@ _FORMATS = {
     "int8_tensorwise": "I8",
     "int8_rowwise": "I8",
 }
-_FEW_BITS = frozenset(_FORMATS.values())
 _MARK_BYTES = 4096
 _CHOOSE_FORM = "Choose a bf16, fp16, fp8_scaled or GGUF version of the model."
 
@@ -149,9 +148,23 @@ def _check_formats(path: Path, stored: Mapping[str, StoredTensor], metadata: Map
         if f"{module}.weight" in stored:
             _check_format(path.name, module, described)
             _check_marked(path.name, module, stored, _FORMATS[described["format"] if isinstance(described, dict) else described])
-    matrices = [tensor for tensor in stored.values() if tensor.dtype in _FEW_BITS and len(tensor.shape) == 2]
-    if "scaled_fp8" in stored and matrices and not any(key.endswith(_SCALES) for key in stored):
-        raise CheckpointError(f"{path.name} lacks the scales of its fp8 weights, without which they mean nothing. Download it again.")
+    if "scaled_fp8" in stored:
+        matrices = [
+            key for key, tensor in stored.items() if tensor.dtype in FEW_BITS and len(tensor.shape) == 2 and key.endswith(".weight")
+        ]
+        lacking = [key for key in matrices if not _has_scale(stored, key.removesuffix(".weight"))]
+        if lacking and lacking == matrices:
+            raise CheckpointError(f"{path.name} lacks the scales of its fp8 weights, without which they mean nothing. Download it again.")
+        if lacking:
+            raise _lacks_scale(path.name, stored[lacking[0]])
+
+
+def _lacks_scale(name: str, weight: StoredTensor) -> CheckpointError:
+    return CheckpointError(f"{name} lacks the scale of {weight.key}, without which it means nothing. Download it again.")
+
+
+def _has_scale(stored: Mapping[str, StoredTensor], module: str) -> bool:
+    return any(f"{module}.{scale}" in stored for scale in _SCALES)
 
 
 def _formats_in_metadata(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -186,10 +199,10 @@ def _check_format(name: str, module: str, described: Any) -> None:
 def _check_marked(name: str, module: str, stored: Mapping[str, StoredTensor], dtype: str) -> None:
     """Check that a weight which is marked as one of so few bits is that, and has its scale."""
     weight = stored[f"{module}.weight"]
-    if weight.dtype in _FEW_BITS and weight.dtype != dtype:
+    if weight.dtype in FEW_BITS and weight.dtype != dtype:
         raise CheckpointError(f"{name}: {weight.key} is {weight.dtype}, but marked as {dtype}. Download it again.")
-    if weight.dtype in _FEW_BITS and not any(f"{module}.{scale}" in stored for scale in _SCALES):
-        raise CheckpointError(f"{name} lacks the scale of {weight.key}, without which it means nothing. Download it again.")
+    if weight.dtype in FEW_BITS and not _has_scale(stored, module):
+        raise _lacks_scale(name, weight)
 
 
 def _with_scales(name: str, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -16,6 +16,8 @@ LATENT_CHANNELS = 16
 INPUT_CHANNELS = 2 * LATENT_CHANNELS + 4
 # GGUF's types are named like this, with the format's own name behind it: "GGUF:Q4_K".
 GGUF_PREFIX = "GGUF:"
+# Safetensors' names of what stays in few bits.
+FEW_BITS = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,15 @@ class ComponentFiles:
 
     @property
     def stored_dtype(self) -> str:
-        """The dtype most of the elements have."""
+        """What the blocks' matrices have in few bits, where some of them do; else the dtype most of the elements have."""
+        few: dict[str, int] = {}
         counts: dict[str, int] = {}
-        for stored in self.tensors.values():
+        for name, stored in self.tensors.items():
             counts[stored.dtype] = counts.get(stored.dtype, 0) + stored.elements
-        return max(counts, key=lambda name: counts[name])
+            if name.startswith("blocks.") and len(stored.shape) == 2 and (stored.dtype in FEW_BITS or stored.gguf_type is not None):
+                few[stored.dtype] = few.get(stored.dtype, 0) + stored.elements
+        found = few or counts
+        return max(found, key=lambda name: found[name])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ CHOOSE_TEXT_ENCODER = "Choose umt5_xxl_fp8_e4m3fn_scaled.safetensors as text_enc
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 _DTYPES = ("F32", "F16", "BF16", *FP8_DTYPES)
 _SCALE_DTYPES = ("F32", "F16", "BF16")
-_FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_FP8_FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _GGUF_REMEDY = "Or encode the prompts with the CLIP loader of ComfyUI-GGUF, and connect positive_conditioning and negative_conditioning."
 _SHARED, _EMBEDDING_COPY, _LAST_NORM = "shared.weight", "encoder.embed_tokens.weight", "encoder.final_layer_norm.weight"
 _ATTENTION, _FEED_FORWARD = "encoder.block.{}.layer.0.SelfAttention", "encoder.block.{}.layer.1.DenseReluDense"
@@ -87,9 +87,9 @@ def open_umt5_file(path: Path) -> Umt5File:
     _check_kind(path.name, stored)
     config = _config(path.name, stored)
     expected = dict(_expected(config))
-    _check_formats(path.name, expected, stored, metadata)
+    marked = _marked_dtypes(path.name, expected, stored, metadata)
     check_tensors(path.name, stored, expected, _DTYPES)
-    tensors = {name: replace(stored[name], scale=_scale(path.name, name, stored)) for name in expected}
+    tensors = {name: replace(stored[name], scale=_scale(path.name, name, stored, marked.get(name))) for name in expected}
     tokenizer = stored.get(_TOKENIZER)
     if tokenizer is not None and (tokenizer.dtype != "U8" or len(tokenizer.shape) != 1):
         raise CheckpointError(
@@ -171,8 +171,10 @@ def _expected(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]
     yield _LAST_NORM, (width,)
 
 
-def _check_formats(name: str, expected: Mapping[str, Any], stored: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
-    """Refuse quantizations that a scale beside an fp8 matrix does not describe."""
+def _marked_dtypes(
+    name: str, expected: Mapping[str, Any], stored: Mapping[str, StoredTensor], metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """What parameters are marked as. Refuses quantizations that a scale beside an fp8 matrix does not describe."""
     try:
         layers: Any = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
         formats = {str(module): layer.get("format") for module, layer in layers.items()}
@@ -185,14 +187,23 @@ def _check_formats(name: str, expected: Mapping[str, Any], stored: Mapping[str, 
     for module, form in formats.items():
         if f"{module}.weight" in expected and form not in _FP8_FORMATS:
             raise CheckpointError(f"{name} is quantized as {form}; of ComfyUI's formats only fp8 is read here. {CHOOSE_TEXT_ENCODER}")
+    return {f"{module}.weight": _FP8_FORMATS[form] for module, form in formats.items() if f"{module}.weight" in expected}
 
 
-def _scale(file_name: str, name: str, stored: Mapping[str, StoredTensor]) -> StoredTensor | None:
+def _is_linear(key: str) -> bool:
+    """Embeddings and norms are left wide, or fp8 without a scale, by the programs that scale the rest."""
+    return ".SelfAttention." in key and not key.endswith("relative_attention_bias.weight") or ".DenseReluDense." in key
+
+
+def _scale(file_name: str, name: str, stored: Mapping[str, StoredTensor], marked: str | None) -> StoredTensor | None:
     """What a parameter's values must be multiplied by, in either spelling."""
-    module = name.removesuffix(".weight")
+    module, dtype = name.removesuffix(".weight"), stored[name].dtype
+    if marked is not None and dtype in FP8_DTYPES and dtype != marked:
+        raise CheckpointError(f"{file_name}: {name} is {dtype}, but marked as {marked}. Download it again.")
     scale = stored.get(f"{module}.scale_weight") or stored.get(f"{module}.weight_scale")
     if scale is None:
-        if f"{module}.comfy_quant" in stored:
+        scaled = marked is not None or ("scaled_fp8" in stored and _is_linear(name))
+        if scaled and dtype in FP8_DTYPES:
             raise CheckpointError(f"{file_name} lacks {module}.weight_scale, without which {name} means nothing. Download it again.")
         return None
     rows = stored[name].shape[0]

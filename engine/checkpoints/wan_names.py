@@ -5,7 +5,7 @@ code norm3 is the norm before cross-attention, which diffusers calls norm2; the 
 """
 
 # Whatever a program saved the model inside.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.")
 
 # Path -> path, the longest that fits counts. Outside blocks:
 _MODEL = {

@@ -49,8 +49,10 @@ def _check(files: ComponentFiles, model: WanTransformer3DModel) -> None:
         )
     for name, shape in shapes.items():
         if shape != found[name]:
+            stored = files.tensors[name]
+            wants = "a model of its other tensors has" if stored.file.name == files.name else "its configuration (config.json) wants"
             raise CheckpointError(
-                f"{files.name}: tensor {name} is {list(found[name])}, but its configuration (config.json) wants {list(shape)}. Download it again."
+                f"{files.name}: tensor {stored.key} is {list(found[name])}, but {wants} {list(shape)}. Download it again."
             )
 
 

@@ -146,3 +146,24 @@ def test_a_changed_file_is_noticed(folder: Path) -> None:
     assert loras.fingerprint(*names) != before
     assert loras.fingerprint(HIGH_NOISE_NAME, "none") == loras.fingerprint(HIGH_NOISE_NAME, None)
     assert loras.fingerprint("none", "none") == loras.fingerprint("gone.safetensors", "none") == loras.fingerprint(None, None)
+
+
+def test_names_of_what_is_shown(folder: Path, handle: ModelHandle, tiny_checkpoint: Path) -> None:
+    """High heels are for both experts; what a name might say otherwise is told."""
+    write_lora(folder / "high_heels.safetensors", expert_shapes(tiny_checkpoint / "transformer"), "kohya", rank=2)
+    folder_paths.filename_list_cache.clear()
+    added, text = add(handle, "high_heels.safetensors", "high_heels.safetensors")
+    assert len(added.loras) == 2
+    assert text.count("Its name has 'high' in it") == 1
+    write_lora(folder / "low_heels.safetensors", expert_shapes(tiny_checkpoint / "transformer"), "kohya", rank=2)
+    folder_paths.filename_list_cache.clear()
+    with pytest.raises(CheckpointError, match="whose name says that it is for the high noise expert"):
+        add(handle, low="high_heels.safetensors")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_link_that_leads_nowhere(folder: Path, handle: ModelHandle) -> None:
+    (folder / "gone.safetensors").symlink_to(folder / "nothing.safetensors")
+    folder_paths.filename_list_cache.clear()
+    with pytest.raises(CheckpointError, match="'gone.safetensors' is a link that leads nowhere"):
+        add(handle, high="gone.safetensors")

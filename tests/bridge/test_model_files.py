@@ -254,3 +254,9 @@ def test_headers_are_read_once(files: dict[str, Path], monkeypatch: pytest.Monke
     (files["text_encoders"] / "umt5.safetensors").write_bytes(b"new")
     choose("single files", **PAIR)
     assert len(read) == 2
+
+
+def test_one_expert_that_is_not_there(files: dict[str, Path]) -> None:
+    """Its own slot is named, not its partner's."""
+    with pytest.raises(CheckpointError, match=r"high_noise_model: there is no file 'wan_high_gone\.safetensors'"):
+        choose(model_files.SINGLE_FILES, high_noise_model="wan_high_gone.safetensors")

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_loras import FACTOR, FORMS, expert_shapes, make_lora, write_lora, write_pair
-from wan_sharded.engine.checkpoints.lora import LoraFile, check_fits, open_lora_file
+from wan_sharded.engine.checkpoints.lora import LoraFile, check_fits, fitted, open_lora_file
 from wan_sharded.engine.checkpoints.stored import StoredTensor
+from wan_sharded.engine.errors import CheckpointError
 
 EXPERT = "high noise expert"
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8}
@@ -183,3 +184,16 @@ def real_shapes() -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         expert = WanTransformer3DModel(in_channels=36)
     return {name: tuple(parameter.shape) for name, parameter in expert.named_parameters()}
+
+
+def test_one_that_changes_only_a_weight_of_other_channels(tmp_path: Path) -> None:
+    """Of a LoRA for text to video nothing would be left."""
+    shapes = real_shapes()
+    path = write_header(tmp_path / "a.safetensors", {"diffusion_model.patch_embedding.diff": ("BF16", (WIDTH, 16, 1, 2, 2))})
+    with pytest.raises(CheckpointError, match=r"a.safetensors is for a model that takes 16 channels"):
+        fitted(open_lora_file(path), shapes, EXPERT)
+    more = {
+        "diffusion_model.patch_embedding.diff": ("BF16", (WIDTH, 16, 1, 2, 2)),
+        "diffusion_model.blocks.0.norm3.diff": ("BF16", (WIDTH,)),
+    }
+    assert fitted(open_lora_file(write_header(path, more)), shapes, EXPERT).unmatched == ("diffusion_model.patch_embedding.diff",)

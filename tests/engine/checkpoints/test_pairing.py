@@ -1,7 +1,7 @@
 """Which expert a file's name says it is, and which other file goes with it."""
 
 import pytest
-from wan_sharded.engine.checkpoints.pairing import check_slot, noise_level, partner
+from wan_sharded.engine.checkpoints.pairing import check_slot, noise_level, partner, surely_for
 from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, LOW_NOISE
 from wan_sharded.engine.errors import CheckpointError
 
@@ -21,6 +21,8 @@ PAIRS = [
     ("wan/high_noise_model/model.safetensors", "wan/low_noise_model/model.safetensors"),
     ("slow_highres_high_noise.safetensors", "slow_highres_low_noise.safetensors"),
     ("low_vram_high_noise.safetensors", "low_vram_low_noise.safetensors"),
+    ("Wan22_HIGHnoise_q8.gguf", "Wan22_LOWnoise_q8.gguf"),
+    ("Wan22-I2VHIGH.gguf", "Wan22-I2VLOW.gguf"),
 ]
 
 
@@ -46,6 +48,7 @@ def test_pairs(high: str, low: str) -> None:
         "low_vram.safetensors",
         "high-quality.safetensors",
         "fast_high_speed.gguf",
+        "low_lighting.safetensors",
         "highway/wan.gguf",
         "h.safetensors",
         "noise.safetensors",
@@ -114,3 +117,13 @@ def test_slots_that_fit() -> None:
     check_slot("wan_low.gguf", LOW_NOISE)
     check_slot("merged.gguf", HIGH_NOISE)
     check_slot("merged.gguf", LOW_NOISE)
+
+
+def test_what_a_name_surely_says() -> None:
+    """A LoRA's name may be of what it shows."""
+    assert surely_for("high_heels.safetensors", ["high_heels.safetensors", "low_sun.safetensors"]) is None
+    assert surely_for("high_heels.safetensors", ["low_heels.safetensors"]) == "high"
+    assert surely_for("style_HIGH_v2.safetensors", ["sub/style_LOW_v2.safetensors"]) == "high"
+    assert surely_for("style_low_noise.safetensors", []) == "low"
+    assert surely_for("HighNoise/style.safetensors", []) == "high"
+    assert surely_for("style.safetensors", []) is None

@@ -168,3 +168,14 @@ def test_random_damage(file: Path) -> None:
         except CheckpointError:
             refused += 1
     assert refused > 1000
+
+
+def test_names_that_can_be_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_header(tmp_path / "a\0b.safetensors")
+
+
+def test_half_a_character_in_a_name(file: Path) -> None:
+    """It could not be written into a message."""
+    with pytest.raises(CheckpointError, match="has a damaged safetensors header"):
+        read_header(write(file, b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8)))

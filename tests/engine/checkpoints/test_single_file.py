@@ -215,6 +215,14 @@ def test_marked_without_any_scale(write: Callable[..., Path]) -> None:
     assert open_expert_file(write(described)).tensors["blocks.0.attn1.to_q.weight"].scale is None
 
 
+def test_one_of_all_scales_is_missing(write: Callable[..., Path]) -> None:
+    """Where a file says that its fp8 is scaled; without its scale that matrix would be a thousand times too large."""
+    described = {**fp8_scaled(**SMALL), "scaled_fp8": ("F8_E4M3", (2,))}
+    open_expert_file(write(described))
+    del described["blocks.1.ffn.0.scale_weight"]
+    assert "lacks the scale of blocks.1.ffn.0.weight, without which" in refused(write(described))
+
+
 @pytest.mark.parametrize(
     ("form", "dtype"), [("float8_e4m3fn", "F8_E5M2"), ("float8_e5m2", "F8_E4M3"), ("int8_tensorwise", "F8_E4M3"), ("float8_e4m3fn", "I8")]
 )
@@ -470,3 +478,19 @@ def test_random_damage(write: Callable[..., Path]) -> None:
 def test_the_scripts_headers_are_real_ones(write: Callable[..., Path]) -> None:
     """The hand-made files of this module can be read by others, too."""
     assert len(read_header(write(i2v_expert(**SMALL)))) == len(load_file(write(i2v_expert(**SMALL)))) == 15 + 2 * 27
+
+
+@pytest.mark.parametrize("prefix", ["model.model.", "net.", "model.", "diffusion_model."])
+def test_what_programs_put_before_the_names(write: Callable[..., Path], prefix: str) -> None:
+    """As ComfyUI's own detection strips it."""
+    files = open_expert_file(write({f"{prefix}{name}": kept for name, kept in i2v_expert(**SMALL).items()}))
+    assert files.tensors.keys() == open_expert_file(write(i2v_expert(**SMALL))).tensors.keys()
+
+
+@pytest.mark.parametrize("few", ["F8_E4M3", "I8"])
+def test_few_bits_count_wherever_they_are(write: Callable[..., Path], few: str) -> None:
+    """A file whose feed-forward alone is quantized stays so, though most of it is wide."""
+    described = i2v_expert(**SMALL)
+    described["blocks.0.self_attn.q.weight"] = (few, described["blocks.0.self_attn.q.weight"][1])
+    described["blocks.0.self_attn.q.weight_scale"] = ("F32", ())
+    assert open_expert_file(write(described)).stored_dtype == few

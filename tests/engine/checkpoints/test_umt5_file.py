@@ -256,3 +256,28 @@ def test_a_tokenizer_that_is_gone_meanwhile(write: Callable[..., Path]) -> None:
     shutil.move(file.path, file.path.with_suffix(".moved"))
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_stored_bytes(file.tokenizer)
+
+
+def unscaled(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.endswith("scale_weight")]:
+        del tensors[name]
+
+
+def test_scales_that_are_missing_under_either_mark(write: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"lacks encoder.block.0.layer.0.SelfAttention.q.weight_scale, without which"):
+        open_umt5_file(write("fp8_scaled_old", unscaled))
+    layers = json.dumps({"layers": {QUERY: {"format": "float8_e4m3fn"}}})
+
+    def only_in_metadata(tensors: Tensors) -> None:
+        unscaled(tensors)
+        del tensors["scaled_fp8"]
+
+    with pytest.raises(CheckpointError, match=rf"lacks {QUERY}.weight_scale, without which"):
+        open_umt5_file(write("fp8_scaled_old", only_in_metadata, _quantization_metadata=layers))
+    assert open_umt5_file(write("fp8_scaled_old", only_in_metadata)).has_fp8, "plain fp8"
+
+
+def test_a_mark_of_another_type(write: Callable[..., Path]) -> None:
+    layers = json.dumps({"layers": {QUERY: {"format": "float8_e5m2"}}})
+    with pytest.raises(CheckpointError, match="is F8_E4M3, but marked as F8_E5M2"):
+        open_umt5_file(write("fp8_scaled_old", _quantization_metadata=layers))
