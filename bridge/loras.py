@@ -95,7 +95,7 @@ def _report(part: str, name: str, strength: float, file: LoraFile) -> list[str]:
     lines = [f"{EXPERT_WORDS[part].capitalize()}: {name} at strength {strength:g} changes {' and '.join(kinds)}."]
     logger.info("Wan Sharded LoRA: %s", lines[0])
     level = noise_level(name)
-    if level is not None and level != _LEVELS[part]:
+    if level is not None and _LEVELS[part] not in (level, surely_for(name, ())):
         lines.append(f"Its name has {level!r} in it: should that mean the {level} noise expert, choose it as {level}_noise_lora.")
     if file.unmatched:
         more = ", ..." if len(file.unmatched) > _NAMED else ""

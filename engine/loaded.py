@@ -284,7 +284,7 @@ class LoadedModel:
             for name in expert.parts_on(CPU):
                 if system_memory().available >= plan.frames_bytes + plan.reserve.host_bytes // 2:
                     return
-                if expert.packed(name) or not expert.is_cheap_to_read(name):  # else its pages are the file's
+                if expert.takes_host_memory(name):
                     self._undispatch(part)
                     expert.drop(name)
                     self._host_pool.clear()
@@ -329,6 +329,11 @@ class LoadedModel:
     def resident_bytes(self, device: torch.device) -> int:
         """Bytes of weights on a device, both experts."""
         return sum(expert.resident_bytes(device) for expert in self.experts.values())
+
+    def host_memory_bytes(self) -> int:
+        """What weights take of system memory, pages of mapped files left out."""
+        found = ((expert, name) for expert in self.experts.values() for name in expert.parts_on(CPU))
+        return sum(expert.part_bytes(name) for expert, name in found if expert.takes_host_memory(name))
 
     def release(self) -> None:
         """Let all weights go."""

@@ -75,6 +75,7 @@ class ModelOwner:
             handle.weight_dtype,
             *(files.stored_dtype for files in handle.model.experts.values()),
             on_gpu=on_gpu,
+            beside=[dtype for files in handle.model.experts.values() if (dtype := files.wide_dtype) is not None],
             without_bf16=[d.label for d in part_taking if (d.compute_capability or BF16_CAPABILITY) < BF16_CAPABILITY],
         )
         key = (handle.model.name, handle.model.fingerprint, precision)

@@ -14,15 +14,16 @@ import torch
 from .checkpoints.stored import HIGH_NOISE
 from .errors import PlacementError
 from .handle import ModelHandle
+from .planning import footprint
 from .planning.advice import advice
 from .planning.budgets import NO_RESERVE, Budget, Reserve, budgets_for
 from .planning.devices import Machine
-from .planning.footprint import VideoShape, host_bytes, transformer_activation_bytes, worker_activation_bytes
+from .planning.footprint import VideoShape, transformer_activation_bytes, worker_activation_bytes
 from .planning.forecast import WORSE_BY, Forecast, Work, forecast, speed_shares
 from .planning.placement import HOST, Placement, place_expert
 from .planning.remedies import check_host_memory, length_remedy, slider_remedy
 from .planning.shares import proportions, within_limits
-from .weights.expert import CPU, Expert
+from .weights.expert import Expert
 from .weights.precision import Precision
 
 # Shares are planned by guessed speeds and corrected by measured ones; so much more than planned a device may be given.
@@ -53,6 +54,10 @@ class PlannedModel(Protocol):
 
     def resident_bytes(self, device: torch.device) -> int:
         """Bytes of weights on a device, both experts."""
+        ...
+
+    def host_memory_bytes(self) -> int:
+        """What weights take of system memory, pages of mapped files left out."""
         ...
 
 
@@ -103,8 +108,8 @@ class Plan:
 
     @property
     def frames_bytes(self) -> int:
-        """System memory for the frames of a run."""
-        return frames_bytes(self.shape, self.budgets)
+        """System memory that a run's frames take at their peak, with the VAE's work where the CPU does it."""
+        return footprint.host_bytes(self.shape, vae_on_host=not self.budgets[0].device.is_gpu)
 
     def budget(self, index: int) -> Budget:
         return next(b for b in self.budgets if b.device.index == index)
@@ -116,11 +121,6 @@ class Plan:
     def spare_bytes(self, index: int) -> int:
         """What a device may use and nothing is planned for."""
         return self.budget(index).usable_bytes - max(p.predicted_peak_bytes(index) for p in self.placements.values())
-
-
-def frames_bytes(shape: VideoShape, budgets: Sequence[Budget]) -> int:
-    """System memory that a run's frames take at their peak, with the VAE's work where the CPU does it."""
-    return host_bytes(shape, vae_on_host=not budgets[0].device.is_gpu)
 
 
 def most_share(share: float) -> float:
@@ -349,10 +349,9 @@ def make_plan(
     """
     held = {d.index: in_memory.resident_bytes(torch.device(d.torch_device)) for d in machine.devices}
     budgets, budget_notes = budgets_for(machine, handle.max_memory_gib, held_bytes=held, reserve=reserve)
-    waiting_bytes = in_memory.resident_bytes(CPU)
-    # Frames come when weights stand there already.
-    weights_bytes = machine.host_available_bytes - reserve.host_bytes - frames_bytes(shape, budgets) + waiting_bytes
-    planner = _Planner(handle, loaded, machine, max(0, weights_bytes), waiting_bytes if budgets[0].device.is_gpu else 0)
+    waiting_bytes = in_memory.host_memory_bytes()
+    host_bytes = max(0, machine.host_available_bytes - reserve.host_bytes + waiting_bytes)
+    planner = _Planner(handle, loaded, machine, host_bytes, waiting_bytes)
     ways = _ways(handle.execution, budgets)
     found = _fitting(planner, ways, shape)
     if not found:
@@ -367,7 +366,8 @@ def make_plan(
         machine,
         handle.max_memory_gib,
         offload=handle.offload,
-        few_bits=loaded.precision.quantized,
+        few_bits=loaded.precision.quantized
+        and not (loaded.precision.as_stored and any(e.files.wide_dtype for e in loaded.experts.values())),
         expected=expected,
         all_on_gpus=lambda tried: planner.all_on_gpus(replace(way, budgets=tried), shape),
     )
@@ -381,7 +381,7 @@ def make_plan(
         (*machine.warnings, *notes, *budget_notes, *way_notes, *planner.share_notes(way, shape), *placements[HIGH_NOISE].notes, *advised),
         planner.shares(way, shape),
         expected,
-        planner.host_bytes,
+        host_bytes,
         reserve,
     )
 

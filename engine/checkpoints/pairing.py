@@ -17,7 +17,7 @@ _WORD = re.compile(r"(?:TI|[IT])2V|(?:HIGH|LOW)(?=noise)|[A-Z]+(?![a-z])|[A-Z]?[
 # Behind these, high and low are about something else: HighRes, low_vram.
 _ELSE = frozenset(
     "res resolution quality motion dynamic dynamics vram ram mem memory poly fps speed rank end detail details contrast light key angle "
-    "def definition step steps cfg bit bits precision pass frequency freq lighting compression".split()
+    "def definition step steps cfg bit bits precision pass frequency freq".split()
 )
 
 
@@ -73,11 +73,11 @@ def surely_for(name: str, choices: Sequence[str]) -> Level | None:
 
     LoRAs have names of what they show, too: high heels, low lighting.
     """
-    level = noise_level(name)
-    if level is None:
-        return None
-    says_noise = any(mention.noise for part in _path(name) for mention in _mentions(part))
-    return level if says_noise or partner(name, choices) is not None else None
+    for part in reversed(_path(name)):
+        levels: set[Level] = {mention.level for mention in _mentions(part) if mention.noise}
+        if levels:
+            return levels.pop() if len(levels) == 1 else None
+    return noise_level(name) if partner(name, choices) is not None else None
 
 
 def check_slot(name: str, wanted: str) -> None:

@@ -4,7 +4,7 @@ Made by the readers of the formats; used by whoever loads weights. Holds no tens
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,26 @@ class StoredTensor:
         return math.prod(self.shape)
 
     @property
+    def few_bits(self) -> bool:
+        return is_few_bits(self.dtype)
+
+    @property
     def gguf_type(self) -> str | None:
         """GGUF's name of the type, for a tensor of such a file."""
         return self.dtype.removeprefix(GGUF_PREFIX) if self.dtype.startswith(GGUF_PREFIX) else None
+
+
+def is_few_bits(dtype: str) -> bool:
+    """Whether a stored dtype is one of few bits."""
+    return dtype in FEW_BITS or dtype.startswith(GGUF_PREFIX)
+
+
+def _most(tensors: Iterable[StoredTensor]) -> str:
+    """The dtype that most of the elements have."""
+    counts: dict[str, int] = {}
+    for stored in tensors:
+        counts[stored.dtype] = counts.get(stored.dtype, 0) + stored.elements
+    return max(counts, key=lambda name: counts[name])
 
 
 @dataclass(frozen=True)
@@ -71,14 +88,14 @@ class ComponentFiles:
     @property
     def stored_dtype(self) -> str:
         """What the blocks' matrices have in few bits, where some of them do; else the dtype most of the elements have."""
-        few: dict[str, int] = {}
-        counts: dict[str, int] = {}
-        for name, stored in self.tensors.items():
-            counts[stored.dtype] = counts.get(stored.dtype, 0) + stored.elements
-            if name.startswith("blocks.") and len(stored.shape) == 2 and (stored.dtype in FEW_BITS or stored.gguf_type is not None):
-                few[stored.dtype] = few.get(stored.dtype, 0) + stored.elements
-        found = few or counts
-        return max(found, key=lambda name: found[name])
+        few = [stored for name, stored in self.tensors.items() if name.startswith("blocks.") and len(stored.shape) == 2 and stored.few_bits]
+        return _most(few or self.tensors.values())
+
+    @property
+    def wide_dtype(self) -> str | None:
+        """The dtype most of the elements have, if that is none of few bits."""
+        most = _most(self.tensors.values())
+        return None if is_few_bits(most) else most
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def _marked_dtypes(
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{name} says in a damaged way how it is quantized ({error}). Download it again.") from error
     for module, form in formats.items():
-        if f"{module}.weight" in expected and form not in _FP8_FORMATS:
+        if f"{module}.weight" in expected and form not in list(_FP8_FORMATS):  # it may be anything
             raise CheckpointError(f"{name} is quantized as {form}; of ComfyUI's formats only fp8 is read here. {CHOOSE_TEXT_ENCODER}")
     return {f"{module}.weight": _FP8_FORMATS[form] for module, form in formats.items() if f"{module}.weight" in expected}
 

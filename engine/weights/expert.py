@@ -261,6 +261,10 @@ class Expert:
         """Whether the file holds nearly all of this part as it is kept, so that the mapped file serves as its host copy."""
         return self._keeper.converted_bytes(self._names[part], self._adapters) <= CHEAP_SHARE * self.part_bytes(part)
 
+    def takes_host_memory(self, part: str) -> bool:
+        """Whether a part that is on the host stands in memory of its own, rather than nearly all of it in its mapped file."""
+        return part in self._packed or not self.is_cheap_to_read(part)
+
     def check_mapped(self) -> None:
         """Check that the files that weights are mapped from, if any, were not written to.
 

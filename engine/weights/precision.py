@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..checkpoints.stored import StoredTensor
+from ..checkpoints.stored import StoredTensor, is_few_bits
 from ..errors import InvalidRequestError, UnsupportedError
 from .packing import Spec
 
@@ -85,13 +85,16 @@ def scale_name(weight: str) -> str:
     return f"{weight}_scale"
 
 
-def resolve_precision(choice: str, *stored: str, on_gpu: bool, without_bf16: Sequence[str] = ()) -> tuple[Precision, tuple[str, ...]]:
+def resolve_precision(
+    choice: str, *stored: str, on_gpu: bool, without_bf16: Sequence[str] = (), beside: Sequence[str] = ()
+) -> tuple[Precision, tuple[str, ...]]:
     """The precision a choice means for a model's experts on a kind of device, and notes for people.
 
     Args:
         choice: one of ``WEIGHT_DTYPES``.
-        stored: the dtype of most of each expert ("F32", "BF16", "F8_E4M3", "GGUF:Q4_K", ...).
+        stored: the dtype of each expert's matrices in few bits ("F8_E4M3", "GGUF:Q4_K", ...), or of most of it ("F32", "BF16", ...).
         on_gpu: whether GPUs compute.
+        beside: what most of experts with some few bits have, where that is wide.
         without_bf16: those of them, as people know them, that can't compute in bf16: attention would need many times the memory.
 
     Raises:
@@ -100,12 +103,12 @@ def resolve_precision(choice: str, *stored: str, on_gpu: bool, without_bf16: Seq
     """
     if choice not in WEIGHT_DTYPES:
         raise InvalidRequestError(f"weight_dtype is {choice!r}; choose one of {', '.join(WEIGHT_DTYPES)}.")
-    few_bits = [dtype for dtype in stored if dtype in _FEW_BITS or dtype.startswith("GGUF:")]
+    few_bits = [dtype for dtype in stored if is_few_bits(dtype)]
     wide = [dtype for dtype in stored if dtype not in few_bits]
     for dtype in wide:
         if dtype not in _WIDE:
             raise UnsupportedError(f"This checkpoint is stored as {dtype}, which this version does not read. Use a bf16, fp16 or fp8 one.")
-    compute = _WIDE[wide[0]] if wide else torch.float32
+    compute = _WIDE.get([*wide, *beside, "F32"][0], torch.float32)
     compute = torch.bfloat16 if on_gpu and compute == torch.float32 else compute
     if without_bf16:
         names = " and ".join(without_bf16)

@@ -266,11 +266,11 @@ def test_another_gpu_beside_measured_ones_starts_with_its_planned_share(tiny_che
     assert [share.speed for share in loaded.computing._crew_of(loaded.planned()).shares] == pytest.approx([1 / 3] * 3)
 
 
-def test_frames_have_system_memory_beside_weights() -> None:
-    """What weights may take leaves room for them; and weights that wait there from the run before leave it for them."""
+def test_frames_find_system_memory_that_weights_wait_in() -> None:
+    """They leave it before decoding. What is mapped takes none that could be left."""
     shape, where = VideoShape(1280, 720, 81), (SMALL_AND_FAST[1],)
     plan = fp8_plan(*where, shape=shape, host_gib=24)
-    assert plan.host_bytes == 24 * GIB - plan.reserve.host_bytes - plan.frames_bytes
+    assert plan.host_bytes == 24 * GIB - plan.reserve.host_bytes
     assert plan.frames_bytes > 3 * GIB
     handle = ModelHandle(model_shape(), "fp8_e4m3fn", "balanced", "auto", "auto", {})
     owner, first = ModelOwner(), replace(machine(*where), host_available_bytes=24 * GIB, fragmentation=1.4)
@@ -281,5 +281,21 @@ def test_frames_have_system_memory_beside_weights() -> None:
             expert._locations[name], waiting = torch.device("cpu"), waiting + expert.part_bytes(name)
     less = replace(first, host_available_bytes=2 * GIB)
     assert owner.obtain(handle, less, shape).planned().frames_bytes == plan.frames_bytes
-    with pytest.raises(PlacementError, match=r"of system memory for its frames, and 2\.0 GiB are free"):
-        ModelOwner().obtain(handle, less, shape)
+    expert.takes_host_memory = lambda name: False  # type: ignore[method-assign]
+    for nobody in (owner, ModelOwner()):
+        with pytest.raises(PlacementError, match=r"of system memory for its frames, and 2\.0 GiB are free"):
+            nobody.obtain(handle, less, shape)
+
+
+def test_frames_take_no_room_from_what_is_placed_on_the_host() -> None:
+    """Where there is none, blocks stay in the mapped file, and waiting ones leave before decoding."""
+    plan = fp8_plan(SMALL_AND_FAST[1], shape=VideoShape(832, 480, 161), host_gib=12)
+    assert plan.placements["transformer"].weight_bytes(HOST) > 8 * GIB
+    with pytest.raises(PlacementError, match=r"At 832x480, length (\d+) fits\.") as caught:
+        fp8_plan(SMALL_AND_FAST[1], shape=VideoShape(832, 480, 641), host_gib=12)
+    found = re.search(r"length (\d+) fits", str(caught.value))
+    assert found is not None
+    fits = int(found[1])
+    assert fp8_plan(SMALL_AND_FAST[1], shape=VideoShape(832, 480, fits), host_gib=12)
+    with pytest.raises(PlacementError):
+        fp8_plan(SMALL_AND_FAST[1], shape=VideoShape(832, 480, fits + 4), host_gib=12)

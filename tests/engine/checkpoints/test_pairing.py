@@ -48,7 +48,6 @@ def test_pairs(high: str, low: str) -> None:
         "low_vram.safetensors",
         "high-quality.safetensors",
         "fast_high_speed.gguf",
-        "low_lighting.safetensors",
         "highway/wan.gguf",
         "h.safetensors",
         "noise.safetensors",
@@ -127,3 +126,8 @@ def test_what_a_name_surely_says() -> None:
     assert surely_for("style_low_noise.safetensors", []) == "low"
     assert surely_for("HighNoise/style.safetensors", []) == "high"
     assert surely_for("style.safetensors", []) is None
+    assert surely_for("low_noise/high_heels.safetensors", []) == "low"
+    assert surely_for("low_noise/high_noise/low_light.safetensors", []) == "high"
+    assert surely_for("high_noise_low_noise.safetensors", []) is None
+    assert surely_for("low_lighting.safetensors", ["high_contrast.safetensors"]) is None
+    assert partner("a_high_lighting.safetensors", ["a_low_lighting.safetensors"]) == "a_low_lighting.safetensors", "Lightning, misspelled"

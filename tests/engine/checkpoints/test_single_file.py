@@ -493,4 +493,7 @@ def test_few_bits_count_wherever_they_are(write: Callable[..., Path], few: str) 
     described = i2v_expert(**SMALL)
     described["blocks.0.self_attn.q.weight"] = (few, described["blocks.0.self_attn.q.weight"][1])
     described["blocks.0.self_attn.q.weight_scale"] = ("F32", ())
-    assert open_expert_file(write(described)).stored_dtype == few
+    files = open_expert_file(write(described))
+    assert files.stored_dtype == few
+    assert files.wide_dtype == "BF16", "which is what to compute in"
+    assert open_expert_file(write(fp8_scaled(**SMALL))).wide_dtype is None

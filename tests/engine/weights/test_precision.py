@@ -96,6 +96,14 @@ def test_experts_that_are_stored_differently(stored: tuple[str, str], compute: t
     assert len(notes) == noted
 
 
+@pytest.mark.parametrize(
+    ("wide", "on_gpu", "compute"), [("BF16", False, BF16), ("F16", True, F16), ("F32", True, BF16), ("F32", False, F32)]
+)
+def test_a_wide_file_with_some_few_bits_is_computed_in_what_it_has(wide: str, on_gpu: bool, compute: torch.dtype) -> None:
+    found = resolve_precision("default", "F8_E4M3", "F8_E4M3", on_gpu=on_gpu, beside=[wide, wide])
+    assert found == (Precision(compute, compute, as_stored="F8_E4M3"), ())
+
+
 def test_each_expert_is_kept_as_its_file_has_it(tiny_single_files: Path, make_request: Callable) -> None:
     high = tiny_single_files / file_names("original_bf16")[HIGH_NOISE]
     low = tiny_single_files / file_names("fp8_scaled_old")[LOW_NOISE]
