@@ -227,7 +227,7 @@ class _Planner:
             if not remedies or len(shares) == 1:
                 raise
             raise PlacementError(
-                f"{error} {slider_remedy(way.budgets, lambda tried: self._fits(replace(way, budgets=tried), size))}"
+                f"{error} {slider_remedy(way.budgets, lambda tried: self.placed(replace(way, budgets=tried), size) is not None)}"
             ) from None
 
     def _place_expert(self, part: str, way: _Way, size: VideoShape, shares: Mapping[int, float], *, remedies: bool) -> Placement:
@@ -243,20 +243,17 @@ class _Planner:
             remedies=remedies,
         )
 
-    def _fits(self, way: _Way, size: VideoShape) -> bool:
+    def placed(self, way: _Way, size: VideoShape) -> dict[str, Placement] | None:
+        """As :meth:`place`; nothing where they don't fit."""
         try:
-            self.place(way, size, remedies=False)
+            return self.place(way, size, remedies=False)
         except PlacementError:
-            return False
-        return True
+            return None
 
     def all_on_gpus(self, way: _Way, size: VideoShape) -> bool:
         """Whether no weights would wait in system memory."""
-        try:
-            placements = self.place(way, size, remedies=False)
-        except PlacementError:
-            return False
-        return not any(placement.weight_bytes(HOST) for placement in placements.values())
+        placements = self.placed(way, size)
+        return placements is not None and not any(placement.weight_bytes(HOST) for placement in placements.values())
 
     def _activation_bytes(self, part: str, way: _Way, size: VideoShape, shares: Mapping[int, float]) -> dict[int, int]:
         if way.parallel and len(shares) > 1:
@@ -294,9 +291,7 @@ class _Planner:
     def expected(self, way: _Way, placements: Mapping[str, Placement], size: VideoShape) -> Forecast | None:
         expert = self.loaded.experts[HIGH_NOISE]
         config: Any = expert.model.config
-        work = Work.of(
-            size, width=expert.width, ffn_width=config.ffn_dim, blocks=config.num_layers, element_bytes=self.loaded.precision.dtype.itemsize
-        )
+        work = Work.of(size, width=expert.width, ffn_width=config.ffn_dim, blocks=config.num_layers, element_bytes=self._element_bytes)
         devices = {b.device.index: b.device for b in way.budgets}
         shares = self._affordable(speed_shares(devices), way, size) if way.parallel else None
         return forecast(placements[HIGH_NOISE], devices, work, self.machine.links, shares)
@@ -392,9 +387,8 @@ _Found = tuple[_Way, dict[str, Placement], Forecast | None]
 def _fitting(planner: _Planner, ways: list[_Way], shape: VideoShape) -> list[_Found]:
     found: list[_Found] = []
     for way in ways:
-        try:
-            placements = planner.place(way, shape, remedies=False)
-        except PlacementError:
+        placements = planner.placed(way, shape)
+        if placements is None:
             continue
         expected = planner.expected(way, placements, shape)
         found.append((way, placements, expected))

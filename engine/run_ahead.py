@@ -16,13 +16,15 @@ class RunAhead:
 
     def __init__(self) -> None:
         self._queued: deque[Sequence[Any]] = deque()
+        # Of those, which are of forwards before.
+        self._before = 0
         self._latest_end: float | None = None
         self._block_seconds: float | None = None
 
     def begin(self) -> None:
-        """A forward begins; nothing of it is queued."""
-        self._queued.clear()
-        self._latest_end = None if self._block_seconds is not None else time.perf_counter()
+        """A forward begins. What the one before queued may still be computing, and counts; what comes in between is no block's time."""
+        self._before = len(self._queued)
+        self._latest_end = None if self._before else time.perf_counter()
 
     def queued(self, events: Sequence[Any]) -> None:
         """All work of a block is queued, up to these events; ``None`` where it is done already."""
@@ -35,7 +37,9 @@ class RunAhead:
                 if event is not None:
                     event.synchronize()
             ended = time.perf_counter()
-            if self._latest_end is not None:
+            if self._before:
+                self._before -= 1
+            elif self._latest_end is not None:
                 self._block_seconds = ended - self._latest_end
             self._latest_end = ended
 

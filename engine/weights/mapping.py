@@ -17,8 +17,6 @@ from ..checkpoints.stored import StoredTensor
 from .pieces import changed, check_unchanged, named, numbered_runs, raw_shape
 from .precision import stored_dtype
 
-CPU = torch.device("cpu")
-
 
 class _Pages(mmap.mmap):
     """Some of a file. Tensors of it keep it; with the last one it is let go.

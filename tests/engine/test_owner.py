@@ -111,6 +111,39 @@ def test_nothing_is_parked_where_the_host_is_full(
     assert torch.equal(first.frames, one.run(handle).frames)
 
 
+def test_weights_that_wait_in_system_memory_leave_it_for_frames(
+    bench: Callable[..., Bench], checkpoint: Path, make_request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as must, before decoding; nothing leaves where there is room, and the next run reads them again."""
+    calls: list[int] = []
+    real = loaded_module.LoadedModel.make_room_for_frames
+
+    def counted(loaded: loaded_module.LoadedModel) -> None:
+        calls.append(loaded.host_memory_bytes())
+        real(loaded)
+
+    monkeypatch.setattr(loaded_module.LoadedModel, "make_room_for_frames", counted)
+    one = bench()
+    handle = open_model(checkpoint, weight_dtype="bf16", max_memory_gib=sliders(TinyExpert(checkpoint, "bf16"), make_request, 1.1))
+    first = one.run(handle)
+    loaded = one.owner.loaded
+    assert loaded is not None and len(calls) == 1
+    waiting = loaded.host_memory_bytes()
+    assert waiting and calls == [waiting], "with room nothing leaves"
+    plan, block = loaded.planned(), loaded.experts["transformer"].part_bytes("blocks.0")
+    missing = waiting // 2
+
+    def memory() -> SystemMemory:
+        left = waiting - loaded.host_memory_bytes()
+        return SystemMemory(64 * GIB, plan.frames_bytes + plan.reserve.host_bytes // 2 - missing + left)
+
+    monkeypatch.setattr(loaded_module, "system_memory", memory)
+    loaded.make_room_for_frames()
+    assert 0 <= waiting - loaded.host_memory_bytes() - missing < block
+    monkeypatch.undo()
+    assert torch.equal(one.run(handle).frames, first.frames)
+
+
 @pytest.mark.parametrize(
     ("rooms", "offload", "device_map", "weight_dtype"),
     [

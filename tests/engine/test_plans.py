@@ -287,6 +287,27 @@ def test_frames_find_system_memory_that_weights_wait_in() -> None:
             nobody.obtain(handle, less, shape)
 
 
+@pytest.mark.parametrize(("fp8", "advised"), [(False, True), (True, False)])
+def test_few_bits_are_advised_where_most_of_a_file_is_wide(fp8: bool, advised: bool) -> None:
+    """One matrix in few bits saves nothing."""
+    model = model_shape()
+    experts = {
+        part: replace(
+            files,
+            tensors={
+                name: replace(stored, dtype="F8_E4M3" if len(stored.shape) == 2 and (fp8 or name == "blocks.0.ffn.net.2.weight") else "F16")
+                for name, stored in files.tensors.items()
+            },
+        )
+        for part, files in model.experts.items()
+    }
+    handle = ModelHandle(replace(model, experts=experts), "default", "balanced", "auto", "auto", {})
+    plan = ModelOwner().dry_plan(handle, replace(machine(SMALL_AND_FAST[1]), host_available_bytes=64 * GIB), P480)
+    assert plan.precision.dtype == (torch.bfloat16 if fp8 else torch.float16), "what most of it has, if that is wide"
+    assert plan.precision.as_stored == "F8_E4M3" and plan.placements["transformer"].weight_bytes(HOST)
+    assert any("weight_dtype" in note for note in plan.notes) == advised
+
+
 def test_frames_take_no_room_from_what_is_placed_on_the_host() -> None:
     """Where there is none, blocks stay in the mapped file, and waiting ones leave before decoding."""
     plan = fp8_plan(SMALL_AND_FAST[1], shape=VideoShape(832, 480, 161), host_gib=12)

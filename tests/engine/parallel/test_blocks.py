@@ -4,9 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from wan_sharded.engine import run_ahead
 from wan_sharded.engine.parallel.blocks import BlockLoop
 from wan_sharded.engine.run_ahead import QUEUED_SECONDS, RUN_AHEAD_BLOCKS, RunAhead
+from wan_sharded.engine.weights import hooks
 
 BLOCKS = 12
 
@@ -93,6 +95,26 @@ def test_the_other_experts_forward_knows_it(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(other, "_run_block", device.compute)
     other.run(states, range(3), ())
     assert device.most_queued == RUN_AHEAD_BLOCKS + 1
+
+
+def test_one_device_at_a_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around each block of a model that has hooks: before any was timed, one block is queued, and then what its time allows."""
+    monkeypatch.setattr(hooks.probe, "trim", lambda *_: None)
+    monkeypatch.setattr(hooks.torch.cuda, "current_stream", lambda device: None)
+    for block_seconds, first_most, most in ((0.01, 1, RUN_AHEAD_BLOCKS + 1), (2.5, 1, 1)):
+        device, ahead = Device(block_seconds), RunAhead()
+        monkeypatch.setattr(run_ahead, "time", SimpleNamespace(perf_counter=lambda device=device: device.now))
+        monkeypatch.setattr(
+            hooks.torch.cuda, "Event", lambda device=device: SimpleNamespace(record=lambda stream: None, **vars(device.mark()))
+        )
+        cuda = torch.device("cuda", 0)
+        around = [hooks.PaceHook(cuda, device.check_cancelled, {cuda: 0}, ahead, first=number == 0) for number in range(BLOCKS)]
+        for number, hook in enumerate(2 * around):
+            hook.pre_forward(torch.nn.Identity())
+            device.compute()
+            hook.post_forward(torch.nn.Identity(), None)
+            assert device.most_queued <= (first_most if number < 2 else most)
+        assert device.most_queued == most
 
 
 def test_short_blocks_are_queued_ahead_and_the_longest_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
