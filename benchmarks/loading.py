@@ -143,6 +143,24 @@ def rate(case: str, what: str, dtype: str, size_bytes: int, seconds: float, note
     return row
 
 
+def read_into_new(path: Path, threads: int, chunk: int) -> float:
+    """Seconds to read a file into memory that the system has yet to give, and not page-locked."""
+    size = path.stat().st_size
+    memory = np.empty(size, dtype=np.uint8).data
+    mine = threading.local()
+
+    def work(start: int) -> None:
+        if not hasattr(mine, "file"):
+            mine.file = path.open("rb", buffering=0)
+        mine.file.seek(start)
+        mine.file.readinto(memory[start : start + chunk])
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(0, size, chunk)))
+    return time.perf_counter() - began
+
+
 def read_alone(path: Path, threads: int, chunk: int, by_turns: int = 1) -> float:
     """Seconds to read a file into page-locked memory, a buffer or several for each thread, that are used again and again."""
     buffers = [[host_buffer(chunk).numpy().data for _ in range(by_turns)] for _ in range(threads)]
@@ -275,6 +293,8 @@ def main() -> None:
             words = f"reading alone, {threads} thread{'s' if threads > 1 else ''}, {chunk // 1024**2} MiB each at a time"
             words += ", two buffers by turns" if by_turns > 1 else ""
             rows.append(rate(case, words, form, both, sum(read_alone(file, threads, chunk, by_turns) for file in pair)))
+        words = f"reading alone, 12 threads, {SMALL_CHUNK // 1024**2} MiB each at a time, into new memory"
+        rows.append(rate(case, words, form, both, sum(read_into_new(file, 12, SMALL_CHUNK) for file in pair)))
         rows.append(rate(case, "the link alone", form, both, link_alone(both)))
         if form == "fp8":
             for touched, what in ((False, "page-locking alone"), (True, "page-locking alone, touched by threads first")):

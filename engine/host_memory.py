@@ -2,12 +2,17 @@
 
 torch's own pinned allocations are rounded up to powers of two, which for a 0.7 GB block wastes a third. Here ordinary memory
 is registered with the driver instead, to the byte, and unregistered when its last tensor is gone.
+
+The driver alone would fetch pages that are not there yet one by one, many times slower than several threads do that touch them first, or
+read a file into them.
 """
 
 import logging
+import mmap
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,9 +24,9 @@ import torch
 
 from . import memory_errors
 
-THREADS = min(8, os.cpu_count() or 1)
-# What one thread does at a time.
-PIECE_BYTES = 32 * 1024**2
+THREADS = min(12, os.cpu_count() or 1)
+# What one thread does at a time: a block has many of them for each thread, so that all are done at about the same time.
+PIECE_BYTES = 8 * 1024**2
 # Windows locks about half of all memory, often less, and everything fails beyond. What copies go through comes last, and must be locked.
 WINDOWS_SHARE = 0.4
 KEPT_FOR_COPIES_BYTES = 1024**3
@@ -98,19 +103,42 @@ def host_buffer(size_bytes: int) -> torch.Tensor:
     A GPU's copy from memory that could not be locked works too, but waits for itself; ``tensor.is_pinned()`` tells.
     """
     memory = np.empty(max(1, size_bytes), dtype=np.uint8)
-    tensor = torch.from_numpy(memory)[:size_bytes]
     if torch.cuda.is_available() and PAGE_LOCKING.may_lock(memory.nbytes):
         _touch(memory)
         PAGE_LOCKING.lock(memory)
+    return torch.from_numpy(memory)[:size_bytes]
+
+
+def unlocked_buffer(size_bytes: int) -> torch.Tensor:
+    """As :func:`host_buffer`, but not page-locked: for :func:`lock_filled`, once something has been read into it."""
+    memory = np.empty(max(1, size_bytes), dtype=np.uint8)
+    tensor = torch.from_numpy(memory)[:size_bytes]
+    _UNLOCKED[tensor.data_ptr()] = memory
     return tensor
 
 
+def lock_filled(buffer: torch.Tensor) -> bool:
+    """Page-lock a buffer where CUDA is in use and allows it. Its pages should be there: something was written to all of it.
+
+    Returns:
+        Whether this was to be decided: the buffer is from :func:`unlocked_buffer`, and this the first time.
+    """
+    memory = _UNLOCKED.pop(buffer.data_ptr(), None)
+    if memory is not None and torch.cuda.is_available() and PAGE_LOCKING.may_lock(memory.nbytes):
+        PAGE_LOCKING.lock(memory)
+    return memory is not None
+
+
+# Address -> what lock_filled is to lock: the array goes with the last tensor in it.
+_UNLOCKED: "weakref.WeakValueDictionary[int, np.ndarray[Any, Any]]" = weakref.WeakValueDictionary()
+
+
 def _touch(memory: np.ndarray[Any, Any]) -> None:
-    """Have the system give the memory's pages now, to several threads: the driver alone would fetch them one by one, many times slower."""
+    """Have the system give the memory's pages now, to several threads."""
     pieces = [memory[begin : begin + PIECE_BYTES] for begin in range(0, memory.nbytes, PIECE_BYTES)]
     if len(pieces) > 1:
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda piece: piece.fill(0), pieces))
+            list(pool.map(lambda piece: piece[:: mmap.PAGESIZE].fill(0), pieces))
 
 
 def copy_on_host(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -128,6 +156,48 @@ def _make(size_bytes: int, made: "Future[torch.Tensor]") -> None:
         made.set_exception(error)
 
 
+class _Behind:
+    """Does things one after the other in another thread, behind whoever asks for them."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._changing = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def add(self, job: Callable[[], None]) -> None:
+        with self._changing:
+            self._jobs.append(job)
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="wan-sharded-locking", daemon=True)
+                with suppress(RuntimeError):  # the system has no more threads; whoever finishes does it
+                    thread.start()
+                    self._thread = thread
+
+    def finish(self) -> None:
+        """Wait until all are done; what one of them raised is raised here."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+        self._work()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _work(self) -> None:
+        while True:
+            with self._changing:
+                if not self._jobs:
+                    self._thread = None
+                    return
+                job = self._jobs.popleft()
+            try:
+                job()
+            except BaseException as error:
+                self._error = error
+            del job  # it may be all that holds a buffer
+
+
 class HostPool:
     """Buffers of parts that have left system memory, kept for the next ones: making one costs more than filling it.
 
@@ -139,6 +209,10 @@ class HostPool:
         self._keep_bytes = keep_bytes
         # Of all buffers made, those that could not be page-locked.
         self.unlocked_bytes = 0
+        self._locking = _Behind()
+        # Of buffers that are locked later, those that may not be filled yet.
+        self._unfilled_bytes = 0
+        self._counting = threading.Lock()
         self._free: list[torch.Tensor] = []
         self._following = 0
         self._ahead: tuple[int, Future[torch.Tensor]] | None = None
@@ -147,9 +221,19 @@ class HostPool:
     def unused_bytes(self) -> int:
         return sum(buffer.numel() for buffer in self._free)
 
-    def take(self, size_bytes: int) -> torch.Tensor:
-        """A buffer as from :func:`host_buffer`; its contents are anything."""
-        buffer = self._taken(size_bytes)
+    @property
+    def unfilled_bytes(self) -> int:
+        """What buffers that were taken may not have of the system's memory yet."""
+        return self._unfilled_bytes
+
+    def take(self, size_bytes: int, *, locked: bool = True) -> torch.Tensor:
+        """A buffer as from :func:`host_buffer`; its contents are anything.
+
+        Args:
+            size_bytes: of it.
+            locked: whether it must be now, where it can be; else :meth:`lock_behind` is to be called.
+        """
+        buffer = self._taken(size_bytes, locked=locked)
         following, self._following = self._following, 0
         if following and self._ahead is None and not any(buffer.numel() == following for buffer in self._free):
             made: Future[torch.Tensor] = Future()
@@ -158,16 +242,46 @@ class HostPool:
                 self._ahead = (following, made)
         return buffer
 
-    def _taken(self, size_bytes: int) -> torch.Tensor:
+    def _taken(self, size_bytes: int, *, locked: bool) -> torch.Tensor:
         for buffer in self._free:
             if buffer.numel() == size_bytes:
                 self._free = [other for other in self._free if other is not buffer]
                 return buffer
         made = self._made_ahead(size_bytes)
+        if made is None and not locked:
+            return unlocked_buffer(size_bytes)
         buffer = host_buffer(size_bytes) if made is None else made
-        if torch.cuda.is_available() and PAGE_LOCKING.allowed and not buffer.is_pinned():
-            self.unlocked_bytes += size_bytes
+        self._count_unlocked(buffer)
         return buffer
+
+    def _count_unlocked(self, buffer: torch.Tensor) -> None:
+        if torch.cuda.is_available() and PAGE_LOCKING.allowed and not buffer.is_pinned():
+            with self._counting:
+                self.unlocked_bytes += buffer.numel()
+
+    def lock_behind(self, buffer: torch.Tensor, filled: Callable[[], bool]) -> None:
+        """Have a buffer page-locked once it is filled, behind whoever calls this; :meth:`finish` waits for it.
+
+        Args:
+            buffer: from :meth:`take`.
+            filled: waits until nothing more is read into the buffer, and says whether it was filled. Called by another thread.
+        """
+        with self._counting:
+            self._unfilled_bytes += buffer.numel()
+
+        def lock() -> None:
+            try:
+                if filled() and lock_filled(buffer):
+                    self._count_unlocked(buffer)
+            finally:
+                with self._counting:
+                    self._unfilled_bytes -= buffer.numel()
+
+        self._locking.add(lock)
+
+    def finish(self) -> None:
+        """Wait until nothing is read into buffers that are to be locked, and all that can be is locked."""
+        self._locking.finish()
 
     @property
     def prepared_bytes(self) -> int:
@@ -205,6 +319,7 @@ class HostPool:
 
     def clear(self) -> None:
         """Give all unused memory back to the system."""
+        self.finish()
         self._free.clear()
         self.forget_prepared()
         PAGE_LOCKING.try_again()

@@ -193,12 +193,13 @@ class LoadedModel:
         for done, name in enumerate(parts):
             self._check_cancelled()
             home = self._device(placement.homes[name])
+            if expert.location(name) != home or not expert.is_current(name):
+                self._make_room_for_part(placement, part, name)
             packed = True if name in fetched and (expert.packed(name) or self._host_has_room(expert.part_bytes(name))) else None
             following = [n for n in parts[done + 1 : done + 2] if n in fetched and packed]
             self._host_pool.prepare(self._host_bytes_after(expert, name, following))
             if expert.location(name) != home or (packed and expert.packed(name) is None) or not expert.is_current(name):
                 on_load(done, len(parts), expert.name)
-                self._make_room_for_part(placement, part, name)
                 expert.bring(name, home, plan.main_device, packed=packed, later=True)
                 for device, ceiling in self.ceilings.items():
                     probe.trim(str(device), ceiling)
@@ -216,8 +217,14 @@ class LoadedModel:
         return to_make if has_room else 0
 
     def _host_has_room(self, part_bytes: int) -> bool:
-        plan, available = self.planned(), system_memory().available + self._host_pool.prepared_bytes
-        return available - plan.reserve.host_bytes - plan.frames_bytes >= part_bytes
+        plan, pool = self.planned(), self._host_pool
+
+        def room() -> int:
+            return system_memory().available + pool.prepared_bytes - pool.unfilled_bytes - plan.reserve.host_bytes - plan.frames_bytes
+
+        if room() < part_bytes:
+            pool.finish()  # what is being filled has part of its memory already
+        return room() >= part_bytes
 
     # ---- what a run says of itself
 

@@ -31,8 +31,8 @@ CALIBRATION_BLOCKS = 2
 TIMED_EVERY = 5
 # Where blocks are short, more of them, for so long: while some are compiled for and allocate, the others wait, and one block says too little.
 CALIBRATION_SECONDS = 1.0
-# Nothing is lost by other shares before the first forward, so less must be gained by them than later.
-CALIBRATED_GAIN = 0.02
+# By these, as much must be gained as later by several forwards: equal GPUs have been 5 % apart in them, and were not afterwards.
+CALIBRATED_GAIN = 0.05
 # How far from widening a weight its product in few bits may be, relative to what the blocks add: about as far as rounding the weights to
 # that type moves the output (benchmarks/precision.py).
 FEW_BITS_ERROR = {torch.float8_e4m3fn: 0.05, torch.int8: 0.02}
@@ -307,10 +307,9 @@ class ParallelForward:
             return
         measured, tokens = self._crew.measured, [timing.tokens for timing in self.timings]
         measured.add(tokens, [timing.seconds for timing in self.timings])
-        all_from = 0.0
         if gain is None:
-            gain, all_from = measured.worthwhile_gain(max(measured.usual, default=0.0) * self._block_count), measured.all_from
-        speeds = better_speeds(tokens, measured.usual, [share.most for share in shares], gain, all_from)
+            gain = measured.worthwhile_gain(max(measured.usual, default=0.0) * self._block_count)
+        speeds = better_speeds(tokens, measured.usual, [share.most for share in shares], gain, measured.all_from)
         for share, speed in zip(shares, speeds or (), strict=False):
             share.speed = speed
 

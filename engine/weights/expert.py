@@ -201,21 +201,24 @@ class Expert:
     def arrived(self) -> None:
         """Wait until all that was brought is there, or in the order of its GPU's stream."""
         self._keeper.finish()
+        self._host_pool.finish()
         self._arriving.clear()
 
     def drop_arriving(self) -> None:
         """Forget the parts that are not all there, and let no more arrive."""
         self._keeper.close()
+        self._host_pool.finish()
         for part, filling in self._arriving.items():
             if filling.incomplete:
                 self.drop(part)
         self._arriving.clear()
 
     def host_bytes_to_make(self, part: str) -> int:
-        """What must be made so that a part can stand on the host in one piece: all of it, or nothing where it stands there already."""
+        """What must be made before a part can stand on the host in one piece: all of it, or nothing where it stands there already, or is read
+        into memory that is page-locked afterwards."""
         layout, packed = self._layout_with(part, self._adapters), self._packed.get(part)
         stands = packed is not None and packed.flat.device == CPU and packed.layout is layout
-        return 0 if stands else layout.total_bytes
+        return 0 if stands or self.is_cheap_to_read(part) else layout.total_bytes
 
     def bring_into(self, part: str, flat: torch.Tensor, device: torch.device) -> None:
         """Have a part's weights in memory that something else stood in, once they have arrived there.
@@ -282,8 +285,12 @@ class Expert:
         names, adapters = self._names[part], self._adapters
         layout = self._layout_with(part, adapters)
         if packed:
-            flat = self._flat(layout, device)
+            # What is read in place need not be page-locked before; for what a GPU makes, and copies there, it would take longer.
+            in_place = device == CPU and self.is_cheap_to_read(part)
+            flat = self._flat(layout, device, locked=not in_place)
             filling = self._keeper.fill(part, names, adapters, layout, flat, convert_on, later=later)
+            if in_place:
+                self._host_pool.lock_behind(flat, filling.is_read)
             self._keep(part, layout, flat, filling.views)
             if later:
                 self._arriving[part] = filling
@@ -307,19 +314,22 @@ class Expert:
                 changed = self._keeper.loose(part, whole, new, convert_on)
                 self._hold(part, {**kept, **changed, **self._keeper.loose(part, added, new, convert_on, only_added=True)})
                 return
-            flat = packed.flat if layout is before else self._copied(before, packed.flat, layout)
+            in_place = packed.flat.device == CPU and self.is_cheap_to_read(part)
+            flat = packed.flat if layout is before else self._copied(before, packed.flat, layout, locked=not in_place)
             self._keeper.fill(part, whole, new, layout, flat, convert_on)
             self._keeper.fill(part, added, new, layout, flat, convert_on, only_added=True)
             probe.synchronize(str(convert_on))
             if flat is not packed.flat:
+                if in_place:
+                    self._host_pool.lock_behind(flat, lambda: True)
                 self._keep(part, layout, flat)
         except BaseException:
             self.drop(part)  # what is half one and half the other is neither
             raise
 
-    def _copied(self, before: Layout, flat: torch.Tensor, after: Layout) -> torch.Tensor:
+    def _copied(self, before: Layout, flat: torch.Tensor, after: Layout, *, locked: bool) -> torch.Tensor:
         """Another piece of memory on the same device, with what is the same in both layouts."""
-        copy = self._flat(after, flat.device)
+        copy = self._flat(after, flat.device, locked=locked)
         same = [(copy[after.span(n)], flat[before.span(n)]) for n, spec in after.specs.items() if before.specs.get(n) == spec]
         if flat.device == CPU:
             copy_on_host(same)
@@ -342,9 +352,9 @@ class Expert:
             probe.synchronize(str(device))  # what was copied from is let go now
         self._keep(part, layout, flat)
 
-    def _flat(self, layout: Layout, device: torch.device) -> torch.Tensor:
+    def _flat(self, layout: Layout, device: torch.device, *, locked: bool = True) -> torch.Tensor:
         if device == CPU:
-            return self._host_pool.take(layout.total_bytes)
+            return self._host_pool.take(layout.total_bytes, locked=locked)
         return torch.empty(layout.total_bytes, dtype=torch.uint8, device=device)
 
     def _keep(self, part: str, layout: Layout, flat: torch.Tensor, views: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -75,6 +75,10 @@ class Filling:
         """Whether something of it is not there, and does not come by itself."""
         return bool(self.unconverted) or any(reading.incomplete for reading in self.readings)
 
+    def is_read(self) -> bool:
+        """Wait until nothing more is read for it, from whatever thread: whether all was."""
+        return all([reading.ended() for reading in self.readings])  # of all of them, whatever one says
+
 
 @dataclass(frozen=True)
 class _Batch:

@@ -116,6 +116,12 @@ class Reading:
             finally:
                 del error
 
+    def ended(self) -> bool:
+        """Wait until no thread reads for it any more, from whatever thread: whether all of it is there."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._left)
+        return not self.incomplete
+
     def stop(self) -> None:
         """Leave out what has not begun, and wait for the rest: no thread may write into memory that is let go."""
         self.stopped = True

@@ -143,6 +143,87 @@ def test_windows_is_not_asked_for_what_it_refuses(monkeypatch: pytest.MonkeyPatc
     assert not windows.may_lock(gib // 2) and windows.may_lock(SMALL_BYTES)
 
 
+# ---- locked later
+
+
+def test_what_is_to_be_locked_later_is_when_it_is_filled(driver: Driver) -> None:
+    pool, read = HostPool(), threading.Event()
+    buffer = pool.take(KIB, locked=False)
+    assert driver.asked == 0
+    pool.lock_behind(buffer, read.wait)
+    assert pool.unfilled_bytes == KIB and driver.asked == 0
+    read.set()
+    pool.finish()
+    assert pool.unfilled_bytes == 0 and list(driver.registered) == [buffer.data_ptr()]
+    del buffer
+    gc.collect()
+    assert driver.registered == {}, "the driver knows it no longer than it is there"
+
+
+def test_what_was_not_filled_is_not_locked_and_goes(driver: Driver) -> None:
+    pool = HostPool()
+    buffer = pool.take(KIB, locked=False)
+    memory = weakref.ref(buffer)
+    pool.lock_behind(buffer, lambda: False)
+    del buffer
+    pool.finish()
+    gc.collect()
+    assert driver.asked == 0 and pool.unfilled_bytes == 0 and memory() is None
+
+
+def test_a_buffer_is_locked_once_however_often_it_is_used(driver: Driver) -> None:
+    """The driver refuses what it has locked already, and nothing would be locked after that."""
+    pool = HostPool()
+    for locked in (False, False, True):
+        buffer = pool.take(2 * SMALL_BYTES, locked=locked)
+        pool.lock_behind(buffer, lambda: True)
+        pool.finish()
+        pool.give(buffer)
+    assert driver.asked == 1 and pool.unused_bytes == 2 * SMALL_BYTES
+    fresh = pool.take(KIB)
+    pool.lock_behind(fresh, lambda: True)
+    pool.finish()
+    assert driver.asked == 2, "it was locked as it was made"
+
+
+def test_what_can_not_be_locked_later_is_said(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = HostPool()
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in driver.registered)
+    buffers = [pool.take(SMALL_BYTES + KIB, locked=False) for _ in range(4)]
+    for buffer in buffers:
+        pool.lock_behind(buffer, lambda: True)
+    pool.finish()
+    assert len(driver.registered) == 2 and pool.unlocked_bytes == 2 * (SMALL_BYTES + KIB)
+
+
+def test_what_waits_to_be_locked_needs_no_thread(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = HostPool()
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    buffers = [pool.take(KIB, locked=False) for _ in range(2)]
+    for buffer in buffers:
+        pool.lock_behind(buffer, lambda: True)
+    assert driver.asked == 0
+    pool.finish()
+    assert driver.asked == 2 and pool.unfilled_bytes == 0
+
+
+def test_an_error_of_the_other_thread_is_raised_once_and_none_is_left_waiting(driver: Driver) -> None:
+    def fails() -> bool:
+        raise MemoryError("none left")
+
+    pool = HostPool()
+    later = pool.take(KIB, locked=False)
+    pool.lock_behind(host_buffer(1), fails)
+    pool.lock_behind(later, lambda: True)
+    with pytest.raises(MemoryError, match="none left"):
+        pool.finish()
+    assert pool.unfilled_bytes == 0 and later.data_ptr() in driver.registered
+    pool.finish()
+
+
 # ---- made ahead
 
 

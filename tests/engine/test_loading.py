@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,20 @@ AHEAD = "wan-sharded-memory"
 
 @pytest.fixture
 def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    """Kept as it is, with the weight_dtype that is asked for here."""
     return make_checkpoint(num_blocks=6)
+
+
+@pytest.fixture
+def converted(make_checkpoint: Callable[..., Path]) -> Path:
+    """Kept as something else."""
+    return make_checkpoint(num_blocks=6, dtype=torch.bfloat16)
+
+
+def on_host(expert: Expert, part: str) -> torch.Tensor | None:
+    """A part's one piece of memory, where it is system memory."""
+    packed = expert.packed(part)
+    return packed.flat if packed is not None and packed.flat.device == CPU else None
 
 
 @pytest.fixture
@@ -42,18 +56,18 @@ def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("in_comfyui", [False, True])
 def test_a_blocks_memory_on_the_host_is_made_while_the_one_before_is_read(
-    bench: Callable[..., Bench], checkpoint: Path, makers: list[str], in_comfyui: bool
+    bench: Callable[..., Bench], converted: Path, makers: list[str], in_comfyui: bool
 ) -> None:
     """Also under inference mode, as ComfyUI runs everything: it does not hold in other threads."""
     with torch.inference_mode(in_comfyui):
-        made_while_read(bench(), checkpoint, makers)
+        made_while_read(bench(), converted, makers)
 
 
-def made_while_read(one: Bench, checkpoint: Path, makers: list[str]) -> None:
-    expected = one.run(open_model(checkpoint, weight_dtype="fp32", execution="parallel")).frames
+def made_while_read(one: Bench, converted: Path, makers: list[str]) -> None:
+    expected = one.run(open_model(converted, weight_dtype="fp32", execution="parallel")).frames
     one.owner.release()
     assert makers == []
-    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
+    handle = open_model(converted, weight_dtype="fp32", execution="parallel", offload="cpu")
     assert torch.equal(one.run(handle).frames, expected)
     # Of each expert the first block's by the one who reads.
     here = threading.current_thread().name
@@ -62,10 +76,10 @@ def made_while_read(one: Bench, checkpoint: Path, makers: list[str]) -> None:
     assert len(makers) == 12, "all stand there already"
 
 
-def test_what_stands_there_already_is_not_made_again(bench: Callable[..., Bench], checkpoint: Path, makers: list[str]) -> None:
+def test_what_stands_there_already_is_not_made_again(bench: Callable[..., Bench], converted: Path, makers: list[str]) -> None:
     """Some blocks were dropped, as where system memory was short."""
     one = bench()
-    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
+    handle = open_model(converted, weight_dtype="fp32", execution="parallel", offload="cpu")
     expected = one.run(handle).frames
     model = one.owner.loaded
     assert model is not None
@@ -80,18 +94,18 @@ def test_what_stands_there_already_is_not_made_again(bench: Callable[..., Bench]
 
 
 def test_a_cancel_leaves_nothing_that_was_made_ahead(
-    bench: Callable[..., Bench], checkpoint: Path, makers: list[str], monkeypatch: pytest.MonkeyPatch
+    bench: Callable[..., Bench], converted: Path, makers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = bench()
-    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
+    handle = open_model(converted, weight_dtype="fp32", execution="parallel", offload="cpu")
     pools: list[HostPool] = []
     take = HostPool.take
 
-    def cancelled(pool: HostPool, size: int) -> torch.Tensor:
+    def cancelled(pool: HostPool, size: int, *, locked: bool) -> torch.Tensor:
         pools.append(pool)
         if len(pools) == 3:
             raise KeyboardInterrupt
-        return take(pool, size)
+        return take(pool, size, locked=locked)
 
     with monkeypatch.context() as patch:
         patch.setattr(HostPool, "take", cancelled)
@@ -101,35 +115,79 @@ def test_a_cancel_leaves_nothing_that_was_made_ahead(
     assert torch.isfinite(one.run(handle).frames).all()
 
 
+@pytest.mark.parametrize("kept", ["as it is", "converted"])
 @pytest.mark.parametrize("room", [1.5, 2.5, 4.0])
-def test_no_more_is_made_ahead_than_the_system_has_room_for(
-    bench: Callable[..., Bench], checkpoint: Path, makers: list[str], monkeypatch: pytest.MonkeyPatch, room: float
+def test_no_more_is_made_than_the_system_has_room_for(
+    bench: Callable[..., Bench], checkpoint: Path, converted: Path, monkeypatch: pytest.MonkeyPatch, room: float, kept: str
 ) -> None:
-    """Blocks beyond that are mapped; what was made is used."""
+    """Blocks beyond that are mapped, or loose; what was made is used. The second expert's take the first one's place, where those can't be
+    read as they are."""
     one = bench()
-    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
-    made: list[int] = []
-    host_buffer = host_memory.host_buffer
+    handle = open_model(checkpoint if kept == "as it is" else converted, weight_dtype="fp32", execution="parallel", offload="cpu")
+    made: list[weakref.ref[torch.Tensor]] = []
+    maker = "unlocked_buffer" if kept == "as it is" else "host_buffer"
+    make = getattr(host_memory, maker)
 
     def counted(size: int) -> torch.Tensor:
-        made.append(size)
-        return host_buffer(size)
+        buffer = make(size)
+        made.append(weakref.ref(buffer))
+        return buffer
 
-    monkeypatch.setattr(host_memory, "host_buffer", counted)
+    def live_bytes() -> int:
+        return sum(buffer.numel() for memory in made if (buffer := memory()) is not None)
+
+    monkeypatch.setattr(host_memory, maker, counted)
     expert = TinyExpert(checkpoint)
 
     def memory() -> SystemMemory:
         plan = one.owner.loaded.plan if one.owner.loaded is not None else None
         kept = plan.reserve.host_bytes + plan.frames_bytes if plan is not None else 0
-        return replace(system_memory(), available=kept + int(room * expert.block_bytes) - sum(made))
+        return replace(system_memory(), available=kept + int(room * expert.block_bytes) - live_bytes())
 
     monkeypatch.setattr(loaded_module, "system_memory", memory)
     assert torch.isfinite(one.run(handle).frames).all()
-    assert len(made) == int(room)
+    assert len(made) == int(room) * (1 if kept == "as it is" else 2)
     model = one.owner.loaded
     assert model is not None
-    used = [packed for expert in model.experts.values() for name in expert.parts if (packed := expert.packed(name)) is not None]
-    assert sum(packed.flat.device == CPU for packed in used) == int(room), "all that was made is used"
+    used = {part: sum(on_host(expert, name) is not None for name in expert.parts) for part, expert in model.experts.items()}
+    stays = ("transformer", "transformer_2") if kept == "as it is" else ("transformer_2", "transformer")
+    assert [used[part] for part in stays] == [int(room), 0], "all that was made is used"
+    assert live_bytes() == int(room) * expert.block_bytes
+
+
+# ---- locked behind what is read
+
+
+def test_what_is_read_in_place_is_locked_when_all_of_it_is_there(
+    bench: Callable[..., Bench], checkpoint: Path, makers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread: whoever reads goes on. And all is, before anything computes."""
+    one = bench()
+    handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
+    expected = one.run(handle).frames
+    one.owner.release()
+    there: dict[int, torch.Tensor] = {}
+    lockers: set[str] = set()
+    lock_filled, read_at = host_memory.lock_filled, pieces.read_at
+
+    def locked(buffer: torch.Tensor) -> bool:
+        lockers.add(threading.current_thread().name)
+        there[buffer.data_ptr()] = buffer.clone()
+        return lock_filled(buffer)
+
+    def slow(file: object, rest: memoryview, offset: int) -> None:
+        time.sleep(0.005)
+        read_at(file, rest, offset)
+
+    monkeypatch.setattr(host_memory, "lock_filled", locked)
+    monkeypatch.setattr(pieces, "read_at", slow)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 16 * 1024)
+    assert torch.equal(one.run(handle).frames, expected)
+    model = one.owner.loaded
+    assert model is not None and model._host_pool.unfilled_bytes == 0
+    flats = [flat for expert in model.experts.values() for name in expert.parts if (flat := on_host(expert, name)) is not None]
+    assert len(flats) == len(there) == 12 and all(torch.equal(there[flat.data_ptr()], flat) for flat in flats)
+    assert lockers == {"wan-sharded-locking"} and makers == []
 
 
 # ---- blocks that are still on their way
@@ -175,7 +233,8 @@ def test_blocks_on_their_way_are_forgotten_when_a_run_ends(
     kept = [part for part in expert.parts if expert.packed(part) is not None]
     assert "blocks.3" not in kept and expert.location("blocks.3") == NOWHERE
     assert "blocks.0" in kept, "it was all there"
-    assert [thread for thread in threading.enumerate() if thread.name.startswith("wan-sharded-reader")] == []
+    assert [thread for thread in threading.enumerate() if thread.name.startswith(("wan-sharded-reader", "wan-sharded-locking"))] == []
+    assert model._host_pool.unfilled_bytes == 0
     one.forget()
     assert torch.equal(one.run(handle).frames, expected)
     assert any(name.startswith("blocks.3.") for name in one.read)

@@ -126,7 +126,7 @@ def test_a_system_without_memory_says_so_and_everything_is_let_go(
     handle = open_model(checkpoint, weight_dtype="fp32", offload="cpu")
     with monkeypatch.context() as patch:
 
-        def full(*_: object) -> None:
+        def full(*_: object, **__: object) -> None:
             raise MemoryError("Unable to allocate 675. MiB")
 
         patch.setattr(HostPool, "take", full)

@@ -141,18 +141,21 @@ FIRST, ALL = CALIBRATION_BLOCKS, CALIBRATION_BLOCKS + 8
     ],
     ids=["nothing", "slow at first", "fast at first", "slow for long, and in the last block"],
 )
-@pytest.mark.parametrize(("speed", "tokens"), [(3000.0, [52, 53]), (2800.0, [54, 51])])
+@pytest.mark.parametrize(
+    ("speed", "tokens", "corrected"), [(3000.0, [52, 53], [52, 53]), (2800.0, [52, 53], [54, 51]), (2500.0, [56, 49], [57, 48])]
+)
 def test_where_blocks_are_short_what_is_odd_does_not_count(
-    monkeypatch, model: Callable[[int], Model], odd: dict[range, float], speed: float, tokens: list[int]
+    monkeypatch, model: Callable[[int], Model], odd: dict[range, float], speed: float, tokens: list[int], corrected: list[int]
 ) -> None:
-    """Nor is a small difference left for later forwards to find."""
+    """A difference that equal GPUs may have for a moment is left for later forwards to find, unless the shares must change anyway."""
     _, expert = model(8)
     clock = OddAtFirst(3000.0, speed, odd=odd)
     forward = clocked(monkeypatch, expert, [1.0, 1.0], clock, timed=False)
     forward._blocks._check_cancelled = clock.next_block
     forward(**inputs())
     assert clock.block == ALL + 8 - 1
-    assert list(tokens_of(forward).values()) == tokens
+    slow_at_first = 2.0 in odd.values()
+    assert list(tokens_of(forward).values()) == (corrected if slow_at_first else tokens)
 
 
 @pytest.mark.parametrize(("seconds", "more"), [((0.3, 0.05), 3), ((0.05, 0.24), 4), ((0.45, 0.45), 0), ((3.0, 0.1), 0), ((1e-9, 1e-9), 8)])
