@@ -7,7 +7,7 @@ slow the others down, and to say what is the bottleneck. Shares are corrected fr
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .devices import DeviceInfo, Links
+from .devices import GIB, DeviceInfo, Links
 from .footprint import VideoShape
 from .placement import HOST, Placement
 from .shares import proportions
@@ -23,6 +23,9 @@ REACHED_TOGETHER, SHARED = 2 / 3, 0.6
 LINKS_TOGETHER = 0.75
 # A device takes part, and parallel is preferred, unless it makes a forward longer by more than this.
 WORSE_BY = 1.03
+# GPUs of one kind whose measured speeds are no further apart count as equal: a moment's measuring says no more, and shares that are off by
+# 1 % cost equal GPUs more than that.
+ALIKE = 0.05
 NO_LINKS = Links()
 
 
@@ -66,11 +69,19 @@ class Forecast:
 
 
 def speed_shares(devices: Mapping[int, DeviceInfo]) -> dict[int, float]:
-    """Fractions of the tokens in proportion to the devices' speeds; equal ones where a speed is unknown."""
-    speeds = {index: device.speed_tflops for index, device in devices.items()}
-    if any(not speed for speed in speeds.values()):
+    """Fractions of the tokens in proportion to the devices' speeds; equal ones where a speed is unknown, and for devices of one kind that are
+    about as fast."""
+    speeds = {index: float(device.speed_tflops or 0) for index, device in devices.items()}
+    if not all(speeds.values()):
         return proportions(dict.fromkeys(devices, 1.0))
-    return proportions({index: float(speed or 0) for index, speed in speeds.items()})
+    kinds: dict[tuple[str, int], list[int]] = {}
+    for index, device in devices.items():
+        kinds.setdefault((device.name, round(device.total_bytes / GIB)), []).append(index)
+    for alike in kinds.values():
+        found = [speeds[index] for index in alike]
+        if max(found) <= (1 + ALIKE) * min(found):
+            speeds.update(dict.fromkeys(alike, sum(found) / len(found)))
+    return proportions(speeds)
 
 
 def forecast(

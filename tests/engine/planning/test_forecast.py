@@ -85,6 +85,23 @@ def test_shares_follow_speeds() -> None:
     assert speed_shares(by_index(timed_gpu(0, tflops=300), timed_gpu(3, tflops=100))) == {0: 0.75, 3: 0.25}
 
 
+def test_gpus_of_one_kind_that_are_about_as_fast_get_equal_shares() -> None:
+    """Measuring says no more, and equal GPUs lose by shares that are off; others don't, and one that is slower for a reason is."""
+
+    def shares(*devices: DeviceInfo) -> list[float]:
+        return [round(share, 4) for share in speed_shares(by_index(*devices)).values()]
+
+    def one(index: int, tflops: float, name: str = "RTX A", total_gib: float = 12) -> DeviceInfo:
+        return replace(timed_gpu(index, total_gib, tflops=tflops), name=name)
+
+    assert shares(one(0, 102), one(1, 98)) == [0.5, 0.5]
+    assert shares(one(0, 104), one(1, 98)) == [0.5149, 0.4851]
+    assert shares(one(0, 102, "RTX B"), one(1, 98)) == [0.51, 0.49]
+    assert shares(one(0, 102, total_gib=8), one(1, 98)) == [0.51, 0.49]
+    assert shares(one(0, 102), one(1, 100, "RTX B"), one(2, 98), one(3, 100)) == [0.25] * 4
+    assert shares(one(0, 101), one(1, 200, "RTX B"), one(2, 99)) == [0.25, 0.5, 0.25]
+
+
 @pytest.mark.parametrize("unknown", [None, 0.0])
 def test_shares_are_even_where_a_speed_is_unknown(unknown: float | None) -> None:
     assert speed_shares(by_index(timed_gpu(0, tflops=300), timed_gpu(1, tflops=unknown))) == {0: 0.5, 1: 0.5}
