@@ -160,29 +160,33 @@ class _Behind:
     """Does things one after the other in another thread, behind whoever asks for them."""
 
     def __init__(self) -> None:
-        self._jobs: deque[Callable[[], None]] = deque()
+        # What each is about, in bytes, and the thing itself; the first one may be under way.
+        self._jobs: deque[tuple[int, Callable[[], None]]] = deque()
         self._changing = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
 
-    def add(self, job: Callable[[], None]) -> None:
+    @property
+    def waiting_bytes(self) -> int:
+        """Of all that is not done."""
         with self._changing:
-            self._jobs.append(job)
+            return sum(size for size, _ in self._jobs)
+
+    def add(self, size_bytes: int, job: Callable[[], None]) -> None:
+        with self._changing:
+            self._jobs.append((size_bytes, job))
             if self._thread is None:
-                thread = threading.Thread(target=self._work, name="wan-sharded-locking", daemon=True)
-                with suppress(RuntimeError):  # the system has no more threads; whoever finishes does it
-                    thread.start()
-                    self._thread = thread
+                self._thread = threading.Thread(target=self._work, name="wan-sharded-locking", daemon=True)
+                try:
+                    self._thread.start()
+                except RuntimeError:  # the system has no more threads; whoever finishes does it
+                    self._thread = None
 
     def finish(self) -> None:
-        """Wait until all are done; what one of them raised is raised here."""
+        """Wait until all are done."""
         thread = self._thread
-        if thread is not None:
+        if thread is not None and thread.ident is not None:  # else it was interrupted before it began
             thread.join()
         self._work()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
 
     def _work(self) -> None:
         while True:
@@ -190,12 +194,13 @@ class _Behind:
                 if not self._jobs:
                     self._thread = None
                     return
-                job = self._jobs.popleft()
+                job = self._jobs[0][1]
             try:
                 job()
-            except BaseException as error:
-                self._error = error
-            del job  # it may be all that holds a buffer
+            finally:
+                with self._changing:
+                    self._jobs.popleft()
+                del job  # it may be all that holds a buffer
 
 
 class HostPool:
@@ -210,8 +215,6 @@ class HostPool:
         # Of all buffers made, those that could not be page-locked.
         self.unlocked_bytes = 0
         self._locking = _Behind()
-        # Of buffers that are locked later, those that may not be filled yet.
-        self._unfilled_bytes = 0
         self._counting = threading.Lock()
         self._free: list[torch.Tensor] = []
         self._following = 0
@@ -223,8 +226,8 @@ class HostPool:
 
     @property
     def unfilled_bytes(self) -> int:
-        """What buffers that were taken may not have of the system's memory yet."""
-        return self._unfilled_bytes
+        """What buffers that are to be locked behind may not have of the system's memory yet."""
+        return self._locking.waiting_bytes
 
     def take(self, size_bytes: int, *, locked: bool = True) -> torch.Tensor:
         """A buffer as from :func:`host_buffer`; its contents are anything.
@@ -246,6 +249,8 @@ class HostPool:
         for buffer in self._free:
             if buffer.numel() == size_bytes:
                 self._free = [other for other in self._free if other is not buffer]
+                if locked and lock_filled(buffer):  # it came back before it was
+                    self._count_unlocked(buffer)
                 return buffer
         made = self._made_ahead(size_bytes)
         if made is None and not locked:
@@ -266,18 +271,17 @@ class HostPool:
             buffer: from :meth:`take`.
             filled: waits until nothing more is read into the buffer, and says whether it was filled. Called by another thread.
         """
-        with self._counting:
-            self._unfilled_bytes += buffer.numel()
 
         def lock() -> None:
             try:
                 if filled() and lock_filled(buffer):
                     self._count_unlocked(buffer)
-            finally:
+            except Exception as error:  # then it is not locked, which does no harm
+                logger.warning("System memory could not be page-locked (%s); copies from it will be slower.", repr(error))
                 with self._counting:
-                    self._unfilled_bytes -= buffer.numel()
+                    self.unlocked_bytes += buffer.numel()
 
-        self._locking.add(lock)
+        self._locking.add(buffer.numel(), lock)
 
     def finish(self) -> None:
         """Wait until nothing is read into buffers that are to be locked, and all that can be is locked."""
@@ -319,7 +323,9 @@ class HostPool:
 
     def clear(self) -> None:
         """Give all unused memory back to the system."""
-        self.finish()
-        self._free.clear()
-        self.forget_prepared()
-        PAGE_LOCKING.try_again()
+        try:
+            self.finish()
+        finally:
+            self._free.clear()
+            self.forget_prepared()
+            PAGE_LOCKING.try_again()

@@ -7,14 +7,14 @@ before them.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from .. import probe
-from ..planning.shares import better_speeds
+from ..planning.shares import SMALL_GAIN, better_speeds
 from ..weights.expert import Expert
 from .blocks import BlockLoop
 from .crew import Crew, Share
@@ -31,7 +31,8 @@ CALIBRATION_BLOCKS = 2
 TIMED_EVERY = 5
 # Where blocks are short, more of them, for so long: while some are compiled for and allocate, the others wait, and one block says too little.
 CALIBRATION_SECONDS = 1.0
-# By these, as much must be gained as later by several forwards: equal GPUs have been 5 % apart in them, and were not afterwards.
+# So much of the time must be saved by other shares, by these; by the first ones alone, where others follow, so much as two GPUs that are a
+# fifth apart do. Equal GPUs have been 5 % apart in them, and were not afterwards.
 CALIBRATED_GAIN = 0.05
 # How far from widening a weight its product in few bits may be, relative to what the blocks add: about as far as rounding the weights to
 # that type moves the output (benchmarks/precision.py).
@@ -191,11 +192,13 @@ class ParallelForward:
     def _time_blocks(self, given: list[torch.Tensor | None]) -> None:
         """Compute the first blocks for nothing but the last one's times."""
         self._crew.measured.forget()
-        self._learn(self._first_blocks(given)[0])
+        states, _ = self._first_blocks(given)
+        others_follow = _affordable_blocks(busy_seconds(state.timed) for state in states) > CALIBRATION_BLOCKS
+        self._learn(states, SMALL_GAIN if others_follow else CALIBRATED_GAIN)
 
     def _time_more_blocks(self, given: list[torch.Tensor | None]) -> None:
         """The same for as many blocks as a second allows, where they are short and say how to share out."""
-        affordable = int(CALIBRATION_SECONDS / max(1e-9, *(timing.seconds for timing in self.timings)))
+        affordable = _affordable_blocks(timing.seconds for timing in self.timings)
         if len(self.timings) == len(self._crew.shares) > 1 and affordable > CALIBRATION_BLOCKS:
             self._crew.measured.forget()
             self._learn(self._first_blocks(given, affordable)[0], CALIBRATED_GAIN)
@@ -312,6 +315,11 @@ class ParallelForward:
         speeds = better_speeds(tokens, measured.usual, [share.most for share in shares], gain, measured.all_from)
         for share, speed in zip(shares, speeds or (), strict=False):
             share.speed = speed
+
+
+def _affordable_blocks(seconds: Iterable[float]) -> int:
+    """How many blocks may be timed together that take each worker so long."""
+    return int(CALIBRATION_SECONDS / max(1e-9, *seconds))
 
 
 def _while_time_lasts(blocks: Sequence[int]) -> Iterator[int]:

@@ -195,6 +195,8 @@ class Expert:
                 self._adapt(part, stage if where == CPU else where)
             if where != device or (packed and part not in self._packed):
                 self._move(part, device, packed=packed or part in self._packed)
+        if not later:
+            self._host_pool.finish()
         self._holder.move_buffers(part, device)
         self._locations[part] = device
 
@@ -206,19 +208,23 @@ class Expert:
 
     def drop_arriving(self) -> None:
         """Forget the parts that are not all there, and let no more arrive."""
-        self._keeper.close()
-        self._host_pool.finish()
-        for part, filling in self._arriving.items():
-            if filling.incomplete:
-                self.drop(part)
-        self._arriving.clear()
+        try:
+            self._keeper.close()
+            self._host_pool.finish()
+        finally:
+            for part, filling in self._arriving.items():
+                if filling.incomplete:
+                    self.drop(part)
+            self._arriving.clear()
 
     def host_bytes_to_make(self, part: str) -> int:
-        """What must be made before a part can stand on the host in one piece: all of it, or nothing where it stands there already, or is read
-        into memory that is page-locked afterwards."""
-        layout, packed = self._layout_with(part, self._adapters), self._packed.get(part)
-        stands = packed is not None and packed.flat.device == CPU and packed.layout is layout
-        return 0 if stands or self.is_cheap_to_read(part) else layout.total_bytes
+        """What must be made before a part can stand on the host in one piece: all of it, or nothing where it stands there already, or comes
+        from a file or from system memory, so that what it comes into is page-locked afterwards."""
+        layout, packed, where = self._layout_with(part, self._adapters), self._packed.get(part), self._locations[part]
+        stands = packed is not None and where == CPU and packed.layout is layout
+        is_loose = packed is None and where == CPU
+        comes_as_it_is = where in (CPU, NOWHERE) and self.is_cheap_to_read(part)
+        return 0 if stands or is_loose or comes_as_it_is else layout.total_bytes
 
     def bring_into(self, part: str, flat: torch.Tensor, device: torch.device) -> None:
         """Have a part's weights in memory that something else stood in, once they have arrived there.
@@ -344,12 +350,15 @@ class Expert:
         if not packed:
             self._hold(part, {name: tensor.to(device) for name, tensor in self._holder.held(part).items()})
             return
-        flat = self._flat(layout, device)
+        on_host = device == CPU and before is None and self._locations[part] == CPU
+        flat = self._flat(layout, device, locked=not on_host)
         if before is not None:
             flat.copy_(before.flat)
         else:
             layout.fill(flat, self._holder.held(part))
             probe.synchronize(str(device))  # what was copied from is let go now
+        if on_host:
+            self._host_pool.lock_behind(flat, lambda: True)
         self._keep(part, layout, flat)
 
     def _flat(self, layout: Layout, device: torch.device, *, locked: bool = True) -> torch.Tensor:

@@ -6,11 +6,14 @@ That a GPU copies from it faster is for tests/gpu; here the driver is played.
 import gc
 import threading
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
-from wan_sharded.engine import host_memory, memory_errors
+from played_driver import PlayedDriver
+from wan_sharded.engine import host_memory
 from wan_sharded.engine.host_memory import SMALL_BYTES, HostPool, PageLocking, host_buffer
 
 KIB = 1024
@@ -78,39 +81,12 @@ def test_clearing_gives_everything_back() -> None:
     assert pool.take(KIB).numel() == KIB
 
 
-class Driver:
-    """Registers memory as CUDA does, up to a limit; a refusal stands until it is discarded."""
-
-    def __init__(self, most_bytes: int):
-        self.most_bytes, self.registered, self.asked, self.stands = most_bytes, dict[int, int](), 0, False
-
-    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
-        self.asked += 1
-        if sum(self.registered.values()) + size > self.most_bytes:
-            self.stands = True
-            return 2
-        self.registered[pointer] = size
-        return 0
-
-    def cudaHostUnregister(self, pointer: int) -> None:
-        del self.registered[pointer]
-
-    def discard(self) -> None:
-        self.stands = False
-
-
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    played = Driver(most_bytes=3 * SMALL_BYTES)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: played)
-    monkeypatch.setattr(memory_errors, "spare", lambda: torch.zeros(1))
-    monkeypatch.setattr(memory_errors, "discard", played.discard)
-    monkeypatch.setattr(host_memory, "PAGE_LOCKING", PageLocking(windows=False))
-    return played
+def driver(monkeypatch: pytest.MonkeyPatch) -> PlayedDriver:
+    return PlayedDriver.installed(monkeypatch, 3 * SMALL_BYTES)
 
 
-def test_a_refusal_leaves_nothing_behind_and_is_asked_for_once(driver: Driver) -> None:
+def test_a_refusal_leaves_nothing_behind_and_is_asked_for_once(driver: PlayedDriver) -> None:
     """What CUDA refused would otherwise be raised by the next kernel, as an out-of-memory of the GPU."""
     large = SMALL_BYTES + KIB
     kept = [host_buffer(large) for _ in range(4)]
@@ -125,7 +101,7 @@ def test_a_refusal_leaves_nothing_behind_and_is_asked_for_once(driver: Driver) -
     assert driver.asked == 5 and list(driver.registered.values()) == [large] and again.numel() == large
 
 
-def test_nothing_is_locked_where_the_user_wants_none(driver: Driver) -> None:
+def test_nothing_is_locked_where_the_user_wants_none(driver: PlayedDriver) -> None:
     host_memory.PAGE_LOCKING.allowed = False
     pool = HostPool()
     assert pool.take(KIB).shape == (KIB,)
@@ -146,7 +122,7 @@ def test_windows_is_not_asked_for_what_it_refuses(monkeypatch: pytest.MonkeyPatc
 # ---- locked later
 
 
-def test_what_is_to_be_locked_later_is_when_it_is_filled(driver: Driver) -> None:
+def test_what_is_to_be_locked_later_is_when_it_is_filled(driver: PlayedDriver) -> None:
     pool, read = HostPool(), threading.Event()
     buffer = pool.take(KIB, locked=False)
     assert driver.asked == 0
@@ -160,7 +136,7 @@ def test_what_is_to_be_locked_later_is_when_it_is_filled(driver: Driver) -> None
     assert driver.registered == {}, "the driver knows it no longer than it is there"
 
 
-def test_what_was_not_filled_is_not_locked_and_goes(driver: Driver) -> None:
+def test_what_was_not_filled_is_not_locked_and_goes(driver: PlayedDriver) -> None:
     pool = HostPool()
     buffer = pool.take(KIB, locked=False)
     memory = weakref.ref(buffer)
@@ -171,7 +147,7 @@ def test_what_was_not_filled_is_not_locked_and_goes(driver: Driver) -> None:
     assert driver.asked == 0 and pool.unfilled_bytes == 0 and memory() is None
 
 
-def test_a_buffer_is_locked_once_however_often_it_is_used(driver: Driver) -> None:
+def test_a_buffer_is_locked_once_however_often_it_is_used(driver: PlayedDriver) -> None:
     """The driver refuses what it has locked already, and nothing would be locked after that."""
     pool = HostPool()
     for locked in (False, False, True):
@@ -186,17 +162,74 @@ def test_a_buffer_is_locked_once_however_often_it_is_used(driver: Driver) -> Non
     assert driver.asked == 2, "it was locked as it was made"
 
 
-def test_what_can_not_be_locked_later_is_said(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_not_be_locked_later_is_said_and_asked_for_once(driver: PlayedDriver) -> None:
     pool = HostPool()
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in driver.registered)
     buffers = [pool.take(SMALL_BYTES + KIB, locked=False) for _ in range(4)]
     for buffer in buffers:
         pool.lock_behind(buffer, lambda: True)
     pool.finish()
-    assert len(driver.registered) == 2 and pool.unlocked_bytes == 2 * (SMALL_BYTES + KIB)
+    assert driver.asked == 3 and len(driver.registered) == 2 and pool.unlocked_bytes == 2 * (SMALL_BYTES + KIB)
 
 
-def test_what_waits_to_be_locked_needs_no_thread(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_locked_later_either_where_the_user_wants_none(driver: PlayedDriver) -> None:
+    host_memory.PAGE_LOCKING.allowed = False
+    pool = HostPool()
+    pool.lock_behind(pool.take(KIB, locked=False), lambda: True)
+    pool.finish()
+    assert driver.asked == 0 and pool.unlocked_bytes == 0
+
+
+def test_what_came_back_before_it_was_locked_is_when_it_must_be(driver: PlayedDriver) -> None:
+    """What was to be read into it failed, say."""
+    pool = HostPool()
+    for pinned, locked in ((False, False), (True, True), (True, False)):
+        buffer = pool.take(KIB, locked=locked)
+        assert buffer.is_pinned() == pinned
+        pool.give(buffer)
+    assert driver.asked == 1
+    driver.most_bytes = 0
+    pool.give(pool.take(2 * KIB, locked=False))
+    pool.take(2 * KIB)
+    assert driver.asked == 2 and pool.unlocked_bytes == 2 * KIB
+
+
+def test_what_was_made_ahead_is_taken_whoever_takes_it(driver: PlayedDriver) -> None:
+    pool = HostPool()
+    pool.prepare(KIB)
+    pool.take(2 * KIB)
+    ahead = pool._ahead
+    assert pool.take(KIB, locked=False) is ahead[1].result()  # type: ignore[index]
+
+
+def test_clearing_waits_for_what_is_being_read(driver: PlayedDriver) -> None:
+    """And gives everything back if that is interrupted."""
+    pool, read = HostPool(), threading.Event()
+    pool.give(pool.take(2 * KIB))
+    pool.lock_behind(pool.take(KIB, locked=False), lambda: read.wait(0.1))
+    pool.clear()
+    assert pool.unfilled_bytes == pool.unused_bytes == 0
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    pool.give(pool.take(2 * KIB))
+    pool.finish = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        pool.clear()
+    assert pool.unused_bytes == 0
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="Linux counts a process's pages so")
+def test_pages_are_there_when_they_are_locked(driver: PlayedDriver) -> None:
+    """The driver would fetch them one by one."""
+    there: list[int] = []
+    driver.when_asked = lambda pointer, size: there.append(psutil.Process().memory_info().rss)
+    before, size = psutil.Process().memory_info().rss, 2 * SMALL_BYTES
+    buffer = host_buffer(size)
+    assert there[0] - before > 0.9 * size and buffer.numel() == size
+
+
+def test_what_waits_to_be_locked_needs_no_thread(driver: PlayedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -210,18 +243,43 @@ def test_what_waits_to_be_locked_needs_no_thread(driver: Driver, monkeypatch: py
     assert driver.asked == 2 and pool.unfilled_bytes == 0
 
 
-def test_an_error_of_the_other_thread_is_raised_once_and_none_is_left_waiting(driver: Driver) -> None:
+def test_an_error_of_the_other_thread_does_no_harm(driver: PlayedDriver, caplog: pytest.LogCaptureFixture) -> None:
     def fails() -> bool:
         raise MemoryError("none left")
 
     pool = HostPool()
-    later = pool.take(KIB, locked=False)
-    pool.lock_behind(host_buffer(1), fails)
+    buffer, later = pool.take(3 * KIB, locked=False), pool.take(KIB, locked=False)
+    memory = weakref.ref(buffer)
+    pool.lock_behind(buffer, fails)
     pool.lock_behind(later, lambda: True)
-    with pytest.raises(MemoryError, match="none left"):
-        pool.finish()
-    assert pool.unfilled_bytes == 0 and later.data_ptr() in driver.registered
+    del buffer
     pool.finish()
+    assert pool.unfilled_bytes == 0 and later.is_pinned() and pool.unlocked_bytes == 3 * KIB
+    assert "could not be page-locked" in caplog.text and "none left" in caplog.text
+    caplog.clear()
+    assert memory() is None
+
+
+def test_an_interrupted_wait_leaves_none_waiting(driver: PlayedDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no threads, whoever waits does it."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def interrupted() -> bool:
+        raise KeyboardInterrupt
+
+    pool = HostPool()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        pool.lock_behind(pool.take(KIB, locked=False), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.finish()
+    assert pool.unfilled_bytes == 0
+    later = pool.take(KIB, locked=False)
+    pool.lock_behind(later, lambda: True)
+    pool.finish()
+    assert later.is_pinned()
 
 
 # ---- made ahead

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_bench import Bench
@@ -115,42 +116,56 @@ def test_a_cancel_leaves_nothing_that_was_made_ahead(
     assert torch.isfinite(one.run(handle).frames).all()
 
 
-@pytest.mark.parametrize("kept", ["as it is", "converted"])
+@pytest.mark.parametrize("kept", ["as it is", "as it is, taken when it is read", "converted"])
 @pytest.mark.parametrize("room", [1.5, 2.5, 4.0])
 def test_no_more_is_made_than_the_system_has_room_for(
     bench: Callable[..., Bench], checkpoint: Path, converted: Path, monkeypatch: pytest.MonkeyPatch, room: float, kept: str
 ) -> None:
-    """Blocks beyond that are mapped, or loose; what was made is used. The second expert's take the first one's place, where those can't be
-    read as they are."""
-    one = bench()
-    handle = open_model(checkpoint if kept == "as it is" else converted, weight_dtype="fp32", execution="parallel", offload="cpu")
+    """Blocks beyond that are mapped, or loose; what was made is used, and nothing less. The second expert's take the first one's place, where
+    those can't be read as they are."""
+    one, is_converted = bench(), kept == "converted"
+    handle = open_model(converted if is_converted else checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
     made: list[weakref.ref[torch.Tensor]] = []
-    maker = "unlocked_buffer" if kept == "as it is" else "host_buffer"
-    make = getattr(host_memory, maker)
+    read_bytes: list[int] = []
+    maker = "host_buffer" if is_converted else "unlocked_buffer"
+    make, read_at = getattr(host_memory, maker), pieces.read_at
 
     def counted(size: int) -> torch.Tensor:
         buffer = make(size)
         made.append(weakref.ref(buffer))
         return buffer
 
+    def slow(file: object, rest: memoryview, offset: int) -> None:
+        time.sleep(0.01)
+        address, begins = np.frombuffer(rest, np.uint8).ctypes.data, [(buffer.data_ptr(), buffer.numel()) for buffer in live()]
+        read_at(file, rest, offset)
+        if any(begin <= address < begin + size for begin, size in begins):
+            read_bytes.append(rest.nbytes)
+
+    def live() -> list[torch.Tensor]:
+        return [buffer for memory in made if (buffer := memory()) is not None]
+
     def live_bytes() -> int:
-        return sum(buffer.numel() for memory in made if (buffer := memory()) is not None)
+        return sum(buffer.numel() for buffer in live())
 
     monkeypatch.setattr(host_memory, maker, counted)
+    monkeypatch.setattr(pieces, "read_at", slow)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 64 * 1024)
     expert = TinyExpert(checkpoint)
 
     def memory() -> SystemMemory:
         plan = one.owner.loaded.plan if one.owner.loaded is not None else None
-        kept = plan.reserve.host_bytes + plan.frames_bytes if plan is not None else 0
-        return replace(system_memory(), available=kept + int(room * expert.block_bytes) - live_bytes())
+        reserved = plan.reserve.host_bytes + plan.frames_bytes if plan is not None else 0
+        taken = sum(read_bytes) if kept == "as it is, taken when it is read" else live_bytes()
+        return replace(system_memory(), available=reserved + int(room * expert.block_bytes) - taken)
 
     monkeypatch.setattr(loaded_module, "system_memory", memory)
     assert torch.isfinite(one.run(handle).frames).all()
-    assert len(made) == int(room) * (1 if kept == "as it is" else 2)
+    assert len(made) == int(room) * (2 if is_converted else 1)
     model = one.owner.loaded
     assert model is not None
     used = {part: sum(on_host(expert, name) is not None for name in expert.parts) for part, expert in model.experts.items()}
-    stays = ("transformer", "transformer_2") if kept == "as it is" else ("transformer_2", "transformer")
+    stays = ("transformer_2", "transformer") if is_converted else ("transformer", "transformer_2")
     assert [used[part] for part in stays] == [int(room), 0], "all that was made is used"
     assert live_bytes() == int(room) * expert.block_bytes
 
@@ -198,7 +213,7 @@ def test_blocks_on_their_way_are_forgotten_when_a_run_ends(
     bench: Callable[..., Bench], checkpoint: Path, monkeypatch: pytest.MonkeyPatch, met: str
 ) -> None:
     """Whether they are there is not known. The next run reads them again, and no others."""
-    one = bench()
+    others, one = set(threading.enumerate()), bench()
     handle = open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")
     expected = one.run(handle).frames
     one.owner.release()
@@ -233,7 +248,8 @@ def test_blocks_on_their_way_are_forgotten_when_a_run_ends(
     kept = [part for part in expert.parts if expert.packed(part) is not None]
     assert "blocks.3" not in kept and expert.location("blocks.3") == NOWHERE
     assert "blocks.0" in kept, "it was all there"
-    assert [thread for thread in threading.enumerate() if thread.name.startswith(("wan-sharded-reader", "wan-sharded-locking"))] == []
+    own = ("wan-sharded-reader", "wan-sharded-locking")
+    assert [thread for thread in threading.enumerate() if thread.name.startswith(own) and thread not in others] == []
     assert model._host_pool.unfilled_bytes == 0
     one.forget()
     assert torch.equal(one.run(handle).frames, expected)

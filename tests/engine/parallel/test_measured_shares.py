@@ -142,7 +142,7 @@ FIRST, ALL = CALIBRATION_BLOCKS, CALIBRATION_BLOCKS + 8
     ids=["nothing", "slow at first", "fast at first", "slow for long, and in the last block"],
 )
 @pytest.mark.parametrize(
-    ("speed", "tokens", "corrected"), [(3000.0, [52, 53], [52, 53]), (2800.0, [52, 53], [54, 51]), (2500.0, [56, 49], [57, 48])]
+    ("speed", "tokens", "corrected"), [(3000.0, [52, 53], [52, 53]), (2800.0, [52, 53], [54, 51]), (2640.0, [55, 50], [56, 49])]
 )
 def test_where_blocks_are_short_what_is_odd_does_not_count(
     monkeypatch, model: Callable[[int], Model], odd: dict[range, float], speed: float, tokens: list[int], corrected: list[int]
@@ -156,6 +156,22 @@ def test_where_blocks_are_short_what_is_odd_does_not_count(
     assert clock.block == ALL + 8 - 1
     slow_at_first = 2.0 in odd.values()
     assert list(tokens_of(forward).values()) == (corrected if slow_at_first else tokens)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "odd", "tokens"),
+    [((3000.0, 3000.0), {range(FIRST): 1.12}, [52, 53]), ((105.0, 105 / 1.15), {}, [55, 50])],
+    ids=["others follow", "blocks are long"],
+)
+def test_the_first_blocks_alone_say_little_where_others_follow(
+    monkeypatch, model: Callable[[int], Model], speeds: tuple[float, float], odd: dict[range, float], tokens: list[int]
+) -> None:
+    _, expert = model(8)
+    clock = OddAtFirst(*speeds, odd=odd)
+    forward = clocked(monkeypatch, expert, [1.0, 1.0], clock, timed=False)
+    forward._blocks._check_cancelled = clock.next_block
+    forward(**inputs())
+    assert list(tokens_of(forward).values()) == tokens
 
 
 @pytest.mark.parametrize(("seconds", "more"), [((0.3, 0.05), 3), ((0.05, 0.24), 4), ((0.45, 0.45), 0), ((3.0, 0.1), 0), ((1e-9, 1e-9), 8)])

@@ -207,7 +207,7 @@ def test_any_order_ends_where_it_would_begin(
 
 
 def test_memory_is_made_only_where_a_part_will_stand_elsewhere(tiny_single_files: Path, loras: dict[str, TinyLora]) -> None:
-    """Locking a block's memory takes longer than reading a LoRA. Of what is converted; what is read in place is locked afterwards."""
+    """Locking a block's memory takes longer than reading a LoRA. Of what a GPU converts; what comes in place is locked afterwards."""
     in_place = expert_in(file_of(tiny_single_files, "fp8_scaled_old"))
     expert, part = expert_in(file_of(tiny_single_files, "fp8_scaled_old"), choice="int8"), "blocks.1"
     assert in_place.host_bytes_to_make(part) == 0
@@ -223,7 +223,10 @@ def test_memory_is_made_only_where_a_part_will_stand_elsewhere(tiny_single_files
         assert expert.host_bytes_to_make(part) == expert.sizes()[part], "on a GPU"
     expert.drop(part)
     expert.bring(part, CPU, CPU, packed=False)
-    assert expert.host_bytes_to_make(part) == expert.sizes()[part], "not in one piece"
+    assert expert.host_bytes_to_make(part) == 0, "not in one piece"
+    with ImaginedGpus():
+        in_place.bring(part, LAZY, LAZY)
+        assert in_place.host_bytes_to_make(part) == in_place.sizes()[part], "on a GPU"
 
 
 def matrices_read(reads: list[StoredTensor], expert: Expert) -> set[str]:
