@@ -251,6 +251,8 @@ class HostPool:
                 self._free = [other for other in self._free if other is not buffer]
                 if locked and lock_filled(buffer):  # it came back before it was
                     self._count_unlocked(buffer)
+                elif locked and torch.cuda.is_available() and not buffer.is_pinned():
+                    self.finish()  # it may be about to be
                 return buffer
         made = self._made_ahead(size_bytes)
         if made is None and not locked:
@@ -321,11 +323,15 @@ class HostPool:
         if self.unused_bytes + buffer.numel() <= self._keep_bytes:
             self._free.append(buffer)
 
+    def give_back_unused(self) -> None:
+        """Give what waits unused back to the system."""
+        self._free.clear()
+
     def clear(self) -> None:
-        """Give all unused memory back to the system."""
+        """Give all unused memory back to the system, and what is prepared."""
         try:
             self.finish()
         finally:
-            self._free.clear()
+            self.give_back_unused()
             self.forget_prepared()
             PAGE_LOCKING.try_again()

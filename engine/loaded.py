@@ -195,7 +195,11 @@ class LoadedModel:
             home = self._device(placement.homes[name])
             if expert.location(name) != home or not expert.is_current(name):
                 self._make_room_for_part(placement, part, name)
-            packed = True if name in fetched and (expert.packed(name) or self._host_has_room(expert.part_bytes(name))) else None
+            packed = (
+                True if name in fetched and (self._stands(expert, name, home) or self._host_has_room(expert.part_bytes(name))) else None
+            )
+            if name in fetched and not packed and expert.packed(name):
+                expert.drop(name)  # it leaves a GPU, and its file has it
             following = [n for n in parts[done + 1 : done + 2] if n in fetched and packed]
             self._host_pool.prepare(self._host_bytes_after(expert, name, following))
             if expert.location(name) != home or (packed and expert.packed(name) is None) or not expert.is_current(name):
@@ -209,6 +213,11 @@ class LoadedModel:
         expert.close_files()
         # Leftovers of conversions would stand in the way of activations.
         probe.release_cached([b.device.torch_device for b in plan.budgets])
+
+    @staticmethod
+    def _stands(expert: Expert, name: str, home: torch.device) -> bool:
+        """Whether a part stands in one piece at home, or must wherever it goes."""
+        return expert.packed(name) is not None and (expert.location(name) == home or not expert.is_cheap_to_read(name))
 
     def _host_bytes_after(self, expert: Expert, name: str, following: Sequence[str]) -> int:
         """What to make for the part that follows on the host, if there is room for it beside this one."""
@@ -224,6 +233,8 @@ class LoadedModel:
 
         if room() < part_bytes:
             pool.finish()  # what is being filled has part of its memory already
+        if room() < part_bytes:
+            pool.give_back_unused()
         return room() >= part_bytes
 
     # ---- what a run says of itself
@@ -287,9 +298,15 @@ class LoadedModel:
     def make_room_for_frames(self) -> None:
         """Have system memory for the run's frames: weights that wait there are let go, and read from their files again when needed."""
         plan = self.planned()
+
+        def is_short() -> bool:
+            return system_memory().available < plan.frames_bytes + plan.reserve.host_bytes // 2
+
+        if is_short():
+            self._host_pool.clear()
         for part, expert in self.experts.items():
             for name in expert.parts_on(CPU):
-                if system_memory().available >= plan.frames_bytes + plan.reserve.host_bytes // 2:
+                if not is_short():
                     return
                 if expert.takes_host_memory(name):
                     self._undispatch(part)

@@ -310,9 +310,10 @@ class ParallelForward:
             return
         measured, tokens = self._crew.measured, [timing.tokens for timing in self.timings]
         measured.add(tokens, [timing.seconds for timing in self.timings])
+        all_from = 0.0
         if gain is None:
-            gain = measured.worthwhile_gain(max(measured.usual, default=0.0) * self._block_count)
-        speeds = better_speeds(tokens, measured.usual, [share.most for share in shares], gain, measured.all_from)
+            gain, all_from = measured.worthwhile_gain(max(measured.usual, default=0.0) * self._block_count), measured.all_from
+        speeds = better_speeds(tokens, measured.usual, [share.most for share in shares], gain, all_from)
         for share, speed in zip(shares, speeds or (), strict=False):
             share.speed = speed
 

@@ -6,8 +6,9 @@ slow the others down, and to say what is the bottleneck. Shares are corrected fr
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import mean, median_high
 
-from .devices import GIB, DeviceInfo, Links
+from .devices import DeviceInfo, Links
 from .footprint import VideoShape
 from .placement import HOST, Placement
 from .shares import proportions
@@ -23,8 +24,8 @@ REACHED_TOGETHER, SHARED = 2 / 3, 0.6
 LINKS_TOGETHER = 0.75
 # A device takes part, and parallel is preferred, unless it makes a forward longer by more than this.
 WORSE_BY = 1.03
-# GPUs of one kind whose measured speeds are no further apart count as equal: a moment's measuring says no more, and shares that are off by
-# 1 % cost equal GPUs more than that.
+# GPUs of one name that were measured no further from most of them count as equal: a moment's measuring says no more, and shares that are off
+# by 1 % cost equal GPUs more than that.
 ALIKE = 0.05
 NO_LINKS = Links()
 
@@ -74,13 +75,13 @@ def speed_shares(devices: Mapping[int, DeviceInfo]) -> dict[int, float]:
     speeds = {index: float(device.speed_tflops or 0) for index, device in devices.items()}
     if not all(speeds.values()):
         return proportions(dict.fromkeys(devices, 1.0))
-    kinds: dict[tuple[str, int], list[int]] = {}
+    kinds: dict[str, list[int]] = {}
     for index, device in devices.items():
-        kinds.setdefault((device.name, round(device.total_bytes / GIB)), []).append(index)
-    for alike in kinds.values():
-        found = [speeds[index] for index in alike]
-        if max(found) <= (1 + ALIKE) * min(found):
-            speeds.update(dict.fromkeys(alike, sum(found) / len(found)))
+        kinds.setdefault(device.name, []).append(index)
+    for kind in kinds.values():
+        usual = median_high(speeds[index] for index in kind)
+        alike = [index for index in kind if abs(speeds[index] - usual) <= ALIKE * usual]
+        speeds.update(dict.fromkeys(alike, mean(speeds[index] for index in alike)))
     return proportions(speeds)
 
 

@@ -5,6 +5,7 @@ That a GPU copies from it faster is for tests/gpu; here the driver is played.
 
 import gc
 import threading
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +192,16 @@ def test_what_came_back_before_it_was_locked_is_when_it_must_be(driver: PlayedDr
     pool.give(pool.take(2 * KIB, locked=False))
     pool.take(2 * KIB)
     assert driver.asked == 2 and pool.unlocked_bytes == 2 * KIB
+
+
+def test_what_came_back_while_it_is_locked_is_waited_for(driver: PlayedDriver) -> None:
+    pool, begun = HostPool(), threading.Event()
+    driver.when_asked = lambda pointer, size: begun.set() or time.sleep(0.1)
+    buffer = pool.take(KIB, locked=False)
+    pool.lock_behind(buffer, lambda: True)
+    assert begun.wait(timeout=30)
+    pool.give(buffer)
+    assert pool.take(KIB) is buffer and buffer.is_pinned()
 
 
 def test_what_was_made_ahead_is_taken_whoever_takes_it(driver: PlayedDriver) -> None:

@@ -16,6 +16,7 @@ from wan_sharded.engine import host_memory, open_model
 from wan_sharded.engine import loaded as loaded_module
 from wan_sharded.engine.errors import CheckpointError
 from wan_sharded.engine.host_memory import HostPool
+from wan_sharded.engine.planning.devices import GIB
 from wan_sharded.engine.system_memory import SystemMemory, system_memory
 from wan_sharded.engine.weights import pieces, reading
 from wan_sharded.engine.weights.expert import CPU, NOWHERE, Expert
@@ -168,6 +169,44 @@ def test_no_more_is_made_than_the_system_has_room_for(
     stays = ("transformer_2", "transformer") if is_converted else ("transformer", "transformer_2")
     assert [used[part] for part in stays] == [int(room), 0], "all that was made is used"
     assert live_bytes() == int(room) * expert.block_bytes
+
+
+def test_what_leaves_a_gpu_goes_to_its_file_where_the_system_has_no_room(
+    bench: Callable[..., Bench], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has it as it is kept."""
+    one = bench()
+    expected = one.run(open_model(checkpoint, weight_dtype="fp32", execution="parallel")).frames
+    model = one.owner.loaded
+    assert model is not None and sum(on_host(expert, name) is not None for expert in model.experts.values() for name in expert.parts) == 0
+    monkeypatch.setattr(loaded_module, "system_memory", lambda: SystemMemory(64 * GIB, 0))
+    taken: list[int] = []
+    take = HostPool.take
+    monkeypatch.setattr(HostPool, "take", lambda pool, size, **options: taken.append(size) or take(pool, size, **options))
+    assert torch.equal(one.run(open_model(checkpoint, weight_dtype="fp32", execution="parallel", offload="cpu")).frames, expected)
+    assert one.owner.loaded is model and taken == []
+    assert all(expert.location(f"blocks.{i}") == CPU for expert in model.experts.values() for i in range(6))
+
+
+@pytest.mark.parametrize("needed_for", ["the other expert", "frames"])
+def test_memory_that_waits_unused_goes_before_any_weights(
+    bench: Callable[..., Bench], converted: Path, monkeypatch: pytest.MonkeyPatch, needed_for: str
+) -> None:
+    one = bench()
+    one.run(open_model(converted, weight_dtype="int8", execution="parallel", offload="cpu"))
+    model = one.owner.loaded
+    assert model is not None
+    plan, pool, size = model.planned(), model._host_pool, model.experts["transformer"].part_bytes("blocks.0")
+    model.experts["transformer"].drop("blocks.0")
+    unused, waiting = pool.unused_bytes, model.host_memory_bytes()
+    assert unused >= size
+    kept = plan.frames_bytes + (plan.reserve.host_bytes if needed_for == "the other expert" else plan.reserve.host_bytes // 2 - size)
+    monkeypatch.setattr(loaded_module, "system_memory", lambda: SystemMemory(64 * GIB, kept + size // 2 + unused - pool.unused_bytes))
+    if needed_for == "frames":
+        model.make_room_for_frames()
+    else:
+        model._make_room_on_host("transformer", "blocks.0")
+    assert model.host_memory_bytes() == waiting and pool.unused_bytes == 0
 
 
 # ---- locked behind what is read

@@ -95,9 +95,10 @@ def test_gpus_of_one_kind_that_are_about_as_fast_get_equal_shares() -> None:
         return replace(timed_gpu(index, total_gib, tflops=tflops), name=name)
 
     assert shares(one(0, 102), one(1, 98)) == [0.5, 0.5]
+    assert shares(one(0, 102, total_gib=44.51), one(1, 98, total_gib=44.49)) == [0.5, 0.5], "what is left of its memory"
     assert shares(one(0, 104), one(1, 98)) == [0.5149, 0.4851]
     assert shares(one(0, 102, "RTX B"), one(1, 98)) == [0.51, 0.49]
-    assert shares(one(0, 102, total_gib=8), one(1, 98)) == [0.51, 0.49]
+    assert shares(one(0, 90), one(1, 102), one(2, 98)) == [0.3103, 0.3448, 0.3448], "one of them is slower"
     assert shares(one(0, 102), one(1, 100, "RTX B"), one(2, 98), one(3, 100)) == [0.25] * 4
     assert shares(one(0, 101), one(1, 200, "RTX B"), one(2, 99)) == [0.25, 0.5, 0.25]
 
