@@ -15,7 +15,7 @@ from .checkpoints.stored import EXPERT_WORDS
 from .computing import Computing, timings_of
 from .handle import ModelHandle
 from .handover import Handover, can_hand_over
-from .host_memory import HostPool
+from .host_pool import HostPool
 from .parallel.forward import ParallelForward
 from .parallel.state import Timing
 from .planning.budgets import Budget

@@ -14,7 +14,8 @@ from accelerate.hooks import remove_hook_from_module
 from .. import probe
 from ..checkpoints.lora import LoraChoice
 from ..checkpoints.stored import ComponentFiles
-from ..host_memory import HostPool, copy_on_host
+from ..host_memory import copy_on_host
+from ..host_pool import HostPool
 from ..planning.placement import HOST, Placement, parts_of
 from ..transformer.low_precision import GGUF_CHUNK_BYTES
 from ..transformer.wan_block import FUSED, BlockMath, fused_name
@@ -218,13 +219,18 @@ class Expert:
             self._arriving.clear()
 
     def host_bytes_to_make(self, part: str) -> int:
-        """What must be made before a part can stand on the host in one piece: all of it, or nothing where it stands there already, or comes
-        from a file or from system memory, so that what it comes into is page-locked afterwards."""
-        layout, packed, where = self._layout_with(part, self._adapters), self._packed.get(part), self._locations[part]
-        stands = packed is not None and where == CPU and packed.layout is layout
-        is_loose = packed is None and where == CPU
-        comes_as_it_is = where in (CPU, NOWHERE) and self.is_cheap_to_read(part)
-        return 0 if stands or is_loose or comes_as_it_is else layout.total_bytes
+        """What must be made before a part can stand on the host in one piece: all of it, or nothing where it stands there already, or what it
+        comes into is page-locked afterwards."""
+        layout, packed = self._layout_with(part, self._adapters), self._packed.get(part)
+        stands = packed is not None and packed.flat.device == CPU and packed.layout is layout
+        return 0 if stands or self._locked_behind(part, CPU) else layout.total_bytes
+
+    def _locked_behind(self, part: str, device: torch.device) -> bool:
+        """Whether what a part comes into is page-locked once it is there: on the host, from a file or from other memory of the host. What a
+        GPU copies there must be locked before, or it takes longer."""
+        where = self._locations[part]
+        is_loose = where == CPU and part not in self._packed
+        return device == CPU and (is_loose or (where in (CPU, NOWHERE) and self.is_cheap_to_read(part)))
 
     def bring_into(self, part: str, flat: torch.Tensor, device: torch.device) -> None:
         """Have a part's weights in memory that something else stood in, once they have arrived there.
@@ -291,11 +297,10 @@ class Expert:
         names, adapters = self._names[part], self._adapters
         layout = self._layout_with(part, adapters)
         if packed:
-            # What is read in place need not be page-locked before; for what a GPU makes, and copies there, it would take longer.
-            in_place = device == CPU and self.is_cheap_to_read(part)
-            flat = self._flat(layout, device, locked=not in_place)
+            behind = self._locked_behind(part, device)
+            flat = self._flat(layout, device, locked=not behind)
             filling = self._keeper.fill(part, names, adapters, layout, flat, convert_on, later=later)
-            if in_place:
+            if behind:
                 self._host_pool.lock_behind(flat, filling.is_read)
             self._keep(part, layout, flat, filling.views)
             if later:
@@ -320,13 +325,13 @@ class Expert:
                 changed = self._keeper.loose(part, whole, new, convert_on)
                 self._hold(part, {**kept, **changed, **self._keeper.loose(part, added, new, convert_on, only_added=True)})
                 return
-            in_place = packed.flat.device == CPU and self.is_cheap_to_read(part)
-            flat = packed.flat if layout is before else self._copied(before, packed.flat, layout, locked=not in_place)
+            behind = self._locked_behind(part, packed.flat.device)
+            flat = packed.flat if layout is before else self._copied(before, packed.flat, layout, locked=not behind)
             self._keeper.fill(part, whole, new, layout, flat, convert_on)
             self._keeper.fill(part, added, new, layout, flat, convert_on, only_added=True)
             probe.synchronize(str(convert_on))
             if flat is not packed.flat:
-                if in_place:
+                if behind:
                     self._host_pool.lock_behind(flat, lambda: True)
                 self._keep(part, layout, flat)
         except BaseException:
@@ -350,14 +355,14 @@ class Expert:
         if not packed:
             self._hold(part, {name: tensor.to(device) for name, tensor in self._holder.held(part).items()})
             return
-        on_host = device == CPU and before is None and self._locations[part] == CPU
-        flat = self._flat(layout, device, locked=not on_host)
+        behind = self._locked_behind(part, device)
+        flat = self._flat(layout, device, locked=not behind)
         if before is not None:
             flat.copy_(before.flat)
         else:
             layout.fill(flat, self._holder.held(part))
             probe.synchronize(str(device))  # what was copied from is let go now
-        if on_host:
+        if behind:
             self._host_pool.lock_behind(flat, lambda: True)
         self._keep(part, layout, flat)
 

@@ -15,7 +15,7 @@ from imagined_machine import TinyExpert
 from wan_sharded.engine import host_memory, open_model
 from wan_sharded.engine import loaded as loaded_module
 from wan_sharded.engine.errors import CheckpointError
-from wan_sharded.engine.host_memory import HostPool
+from wan_sharded.engine.host_pool import HostPool
 from wan_sharded.engine.planning.devices import GIB
 from wan_sharded.engine.system_memory import SystemMemory, system_memory
 from wan_sharded.engine.weights import pieces, reading

@@ -18,7 +18,7 @@ from imagined_machine import TinyExpert
 from wan_sharded.engine import ModelHandle, open_model
 from wan_sharded.engine.checkpoints.stored import HIGH_NOISE, LOW_NOISE
 from wan_sharded.engine.errors import PlacementError
-from wan_sharded.engine.host_memory import HostPool
+from wan_sharded.engine.host_pool import HostPool
 from wan_sharded.engine.planning.devices import GIB
 from wan_sharded.engine.planning.placement import HOST
 from wan_sharded.engine.shedding import relieving_settings, shed

@@ -27,16 +27,24 @@ HERE = threading.current_thread().name
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 
 
+made: list[Expert] = []
+
+
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> PlayedDriver:
-    return PlayedDriver.installed(monkeypatch, 1024**3)
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedDriver]:
+    played = PlayedDriver.installed(monkeypatch, 1024**3)
+    yield played
+    played.when_asked = lambda pointer, size: None  # it may know an expert, whose memory knows the driver
+    while made:
+        made.pop().close_files()  # which ends its threads
 
 
 def expert_in(folder: Path, choice: str = "default") -> Expert:
     """Of a file in fp8: kept as it is, or converted."""
     path = folder / file_names("fp8_scaled_old")["transformer"]
     found, _ = resolve_precision(choice, open_expert_file(path).stored_dtype, on_gpu=True)
-    return expert_of(open_expert_file(path), Precision(torch.float32, found.storage_dtype, found.as_stored))
+    made.append(expert_of(open_expert_file(path), Precision(torch.float32, found.storage_dtype, found.as_stored)))
+    return made[-1]
 
 
 def flat(expert: Expert, part: str) -> torch.Tensor:
