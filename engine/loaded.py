@@ -280,7 +280,8 @@ class LoadedModel:
             return
         index = int(home)
         budget = self.planned().budget(index)
-        self.make_room(index, self._forward_bytes(placement, index) + self.experts[part].part_bytes(name), budget.usable_bytes, keep=part)
+        needed = self._forward_bytes(placement, index) + self.experts[part].part_bytes(name)
+        self._park_until(index, needed, budget.usable_bytes, keep=part)
 
     def _make_room_on_host(self, part: str, name: str) -> None:
         """Where system memory is short, the other expert's parts there are dropped; its files have them."""
@@ -331,12 +332,15 @@ class LoadedModel:
             limit_bytes: the most that may be allocated there in all.
             keep: an expert whose parts that are at home stay ("transformer", "transformer_2").
         """
+        if self._device(index) != CPU:
+            self.clear_fetch_rooms()
+            self._park_until(index, needed_bytes, limit_bytes, keep)
+
+    def _park_until(self, index: int, needed_bytes: int, limit_bytes: int, keep: str | None) -> None:
+        """As :meth:`make_room`, of weights alone: waits for nothing that is on its way."""
         device = self._device(index)
-        if device == CPU:
-            return
-        self.clear_fetch_rooms()
         for part, expert in self.experts.items():
-            for name in expert.parts_on(device):
+            for name in expert.parts_on(device) if device != CPU else ():
                 if self.resident_bytes(device) + needed_bytes <= limit_bytes:
                     return
                 if part != keep or self.planned().placements[part].homes[name] != index:

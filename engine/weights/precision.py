@@ -20,6 +20,7 @@ WEIGHT_DTYPES = ("default", "bf16", "fp16", "fp8_e4m3fn", "int8", "fp32")
 
 _WIDE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
 _FEW_BITS = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8}
+_STORED = {**_WIDE, **_FEW_BITS, "F64": torch.float64, "U8": torch.uint8}
 _PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8", torch.float8_e4m3fn: "fp8_e4m3fn",
@@ -175,7 +176,7 @@ def stored_dtype(stored: StoredTensor) -> torch.dtype:
     """
     if stored.gguf_type is not None:
         return torch.uint8
-    found = {**_WIDE, **_FEW_BITS, "F64": torch.float64, "U8": torch.uint8}.get(stored.dtype)
+    found = _STORED.get(stored.dtype)
     if found is None:
         raise UnsupportedError(f"Tensor {stored.key} of {stored.file.name} is stored as {stored.dtype}, which this version does not read.")
     return found

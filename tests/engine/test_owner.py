@@ -51,6 +51,29 @@ def test_the_second_run_reads_and_moves_nothing(bench: Callable[..., Bench], che
     assert one.read == []
 
 
+def test_no_device_is_waited_for_between_parts(bench: Callable[..., Bench], checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Giving buffers back waits for all that is queued, which would be the parts before."""
+    one = bench(2)
+    waits: list[int] = []
+    bring_home, clear = loaded_module.LoadedModel._bring_home, loaded_module.LoadedModel.clear_fetch_rooms
+
+    def counted(loaded, *arguments) -> None:
+        waits.append(0)
+        bring_home(loaded, *arguments)
+
+    def cleared(loaded) -> None:
+        if waits:
+            waits[-1] += 1
+        clear(loaded)
+
+    monkeypatch.setattr(loaded_module.LoadedModel, "_bring_home", counted)
+    monkeypatch.setattr(loaded_module.LoadedModel, "clear_fetch_rooms", cleared)
+    one.run(open_model(checkpoint, weight_dtype="fp32", execution="parallel"))
+    assert one.owner.loaded is not None
+    # Before the first part, once for each GPU; and by activate() itself, and by what the run needs besides.
+    assert len(waits) == 2 and max(waits) <= 4 < len(one.owner.loaded.experts["transformer"].parts)
+
+
 def test_both_experts_stay_where_both_fit(bench: Callable[..., Bench], checkpoint: Path, expert: TinyExpert, make_request) -> None:
     one = bench()
     one.run(open_model(checkpoint, weight_dtype="fp32", max_memory_gib=sliders(expert, make_request, 2.1)))
