@@ -161,8 +161,8 @@ def make_plan(
             planner.place(ways[-1], shape)
         except PlacementError as error:
             remedy = length_remedy(shape, lambda size: planner.place(ways[-1], size, remedies=False))
-            if any(planner.placed(way, shape) for way in _ways("auto", budgets)):
-                remedy += f" With execution auto instead of {handle.execution} it fits as it is."
+            if handle.execution != "auto" and any(planner.placed(way, shape) for way in _ways("auto", budgets)):
+                remedy = f" With execution auto instead of {handle.execution} this size fits as it is.{remedy}"
             raise PlacementError(f"{error}{remedy}") from None
     way, placements, expected, way_notes = _best(found, ways)
     advised = advice(

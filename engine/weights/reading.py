@@ -13,17 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import IO, Any
 
 import torch
 
 from ..checkpoints.stored import StoredTensor
-from ..host_memory import host_buffer
 from . import pieces
 from .mapping import MappedFiles
 from .pieces import Piece
 from .precision import stored_dtype
+from .sending import Sender, Sending
 
 CPU = torch.device("cpu")
 # One thread saturates neither a fast disk nor memory, and some wait for Python while others read (benchmarks/loading.py).
@@ -33,26 +32,6 @@ BUFFERS = 2 * THREADS
 # Of what was begun, so much may still be on its way when something else is begun: a few blocks, so that threads find something to read while
 # the next one is prepared.
 AHEAD_BYTES = 2 * 1024**3
-
-
-class _Buffer:
-    """Page-locked memory for one piece, made when it is first used.
-
-    Attributes:
-        memory: uint8.
-        bytes: the same, for reading into.
-    """
-
-    def __init__(self) -> None:
-        self.memory: torch.Tensor | None = None
-        self.bytes = memoryview(b"")
-
-    def room(self, size_bytes: int) -> memoryview:
-        """So much of it, no more than a piece."""
-        if self.memory is None:
-            self.memory = host_buffer(pieces.PIECE_BYTES)
-            self.bytes = self.memory.numpy().data
-        return self.bytes[:size_bytes]
 
 
 class Reading:
@@ -139,16 +118,6 @@ class _Errand:
     stream: "torch.cuda.Stream | None"
 
 
-@dataclass(frozen=True, eq=False)
-class _Sending:
-    """What was read of a piece, on its way to a GPU."""
-
-    buffer: _Buffer
-    piece: Piece
-    stream: "torch.cuda.Stream"
-    reading: Reading
-
-
 class TensorReader:
     """Reads tensors of one model's files. Not to be used by two threads at once.
 
@@ -157,19 +126,12 @@ class TensorReader:
     """
 
     def __init__(self) -> None:
-        # One thread sends what the others have read: many that talk to a GPU are in each other's way.
-        self._pools: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None
+        self._threads: tuple[ThreadPoolExecutor, Sender] | None = None
         # A thread takes what is urgent first, and goes on while there is something.
         self._urgent: deque[_Errand] = deque()
         self._errands: deque[_Errand] = deque()
         self._taking = threading.Lock()
         self._at_work: set[object] = set()
-        self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
-        self._outbox: SimpleQueue[_Sending] = SimpleQueue()
-        self._send_asked = False
-        self._sending = threading.Lock()
-        # Buffers whose copies are queued and may be under way.
-        self._sent: list[tuple[torch.cuda.Event, list[_Buffer]]] = []
         self._under_way: list[Reading] = []
         self._mapped = MappedFiles()
         # Each thread's own, until the thread ends.
@@ -179,15 +141,14 @@ class TensorReader:
     def close(self) -> None:
         """Give files, buffers and threads back; they are made again when needed."""
         self.stop()
-        if self._pools is not None:
-            for pool in self._pools:
-                pool.shutdown()
-            self._pools = None
+        if self._threads is not None:
+            readers, sender = self._threads
+            readers.shutdown()
+            sender.close()
+            self._threads = None
         self._at_work.clear()
         while self._opened:
             self._opened.pop().close()
-        while not self._buffers.empty():
-            self._buffers.get()
 
     # ---- what is wanted
 
@@ -265,14 +226,9 @@ class TensorReader:
 
     def _submit(self, cut: Sequence[Piece], reading: Reading, errands: "deque[_Errand]") -> None:
         """Have pieces read; where that can't be, none of them is still to be read."""
-        if self._pools is None:
-            readers = ThreadPoolExecutor(THREADS, thread_name_prefix="wan-sharded-reader")
-            sender = ThreadPoolExecutor(1, thread_name_prefix="wan-sharded-sender")
-            sender.submit(lambda: None)  # a thread that can't be had is said here
-            for _ in range(BUFFERS):
-                self._buffers.put(_Buffer())
-            self._pools = readers, sender
-        readers, sender = self._pools
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="wan-sharded-reader"), Sender(BUFFERS)
+        readers, sender = self._threads
         streams = {device: None if device == CPU else torch.cuda.current_stream(device) for device in {piece.device for piece in cut}}
         wanted = [_Errand(piece, reading, streams[piece.device]) for piece in cut]
         reading.add(len(cut), sum(piece.size_bytes for piece in cut))
@@ -296,7 +252,7 @@ class TensorReader:
                         reading.done(left_out=True)
             raise
 
-    def _work(self, name: object, sender: ThreadPoolExecutor) -> None:
+    def _work(self, name: object, sender: Sender) -> None:
         """Read while there is something to be read. One task for each piece would take longer."""
         while True:
             with self._taking:
@@ -307,7 +263,7 @@ class TensorReader:
             self._read(errand, sender)
             del errand  # which knows the memory that it filled
 
-    def _read(self, errand: _Errand, sender: ThreadPoolExecutor) -> None:
+    def _read(self, errand: _Errand, sender: Sender) -> None:
         """Read one piece to where it goes, or have it sent there."""
         piece, reading, stream = errand.piece, errand.reading, errand.stream
         buffer = None
@@ -319,52 +275,16 @@ class TensorReader:
                     if stream is None:
                         pieces.read_parts(file, piece)
                     else:
-                        buffer = self._buffers.get()
+                        buffer = sender.buffer()
                         pieces.read_at(file, buffer.room(piece.size_bytes), piece.offset)
-                        self._outbox.put(_Sending(buffer, piece, stream, reading))
-                        if not self._send_asked:
-                            self._send_asked = True
-                            try:
-                                sender.submit(self._send)
-                            except RuntimeError:  # Python is about to end
-                                self._send()
+                        sender.send(Sending(buffer, piece, stream, reading.done))
                         return
         except BaseException as error:
             if buffer is not None:
-                self._buffers.put(buffer)
+                sender.give(buffer)
             reading.done(error)
         else:
             reading.done(left_out=left_out)
-
-    def _send(self) -> None:
-        """Send all that waits for it. Python lets other threads in at each of torch's calls, and waits to be let in again: so, few of them."""
-        with self._sending:
-            self._send_asked = False  # before looking: what comes later asks anew
-            waiting: list[_Sending] = []
-            while not self._outbox.empty():
-                waiting.append(self._outbox.get())
-            for stream in dict.fromkeys(one.stream for one in waiting):
-                self._send_together(stream, [one for one in waiting if one.stream == stream])
-            # Copies that something else was queued behind keep the link busy meanwhile.
-            while len(self._sent) > 1 or (self._sent and self._outbox.empty()):
-                event, buffers = self._sent.pop(0)
-                with suppress(RuntimeError):  # the GPU failed, which whoever uses it next is told too
-                    event.synchronize()
-                for buffer in buffers:
-                    self._buffers.put(buffer)
-
-    def _send_together(self, stream: "torch.cuda.Stream", sendings: Sequence[_Sending]) -> None:
-        error = None
-        try:
-            self._sent.append((_queue_copies(stream, sendings), [one.buffer for one in sendings]))
-        except BaseException as failed:
-            error = failed
-            with suppress(RuntimeError):  # some copies may be under way
-                stream.synchronize()
-            for one in sendings:
-                self._buffers.put(one.buffer)
-        for one in sendings:
-            one.reading.done(error)
 
     def _file(self, path: Path, modified_ns: int) -> IO[bytes]:
         """A file as the thread that asks has it open."""
@@ -375,20 +295,3 @@ class TensorReader:
             pieces.check_unchanged(path, os.fstat(file.fileno()), modified_ns)
             files[path, modified_ns] = file
         return files[path, modified_ns]
-
-
-def _queue_copies(stream: "torch.cuda.Stream", sendings: Sequence[_Sending]) -> "torch.cuda.Event":
-    """From buffers to where the parts of what is in them go; the event is when all are there."""
-    targets, sources = [], []
-    for one in sendings:
-        assert one.buffer.memory is not None
-        whole = one.buffer.memory
-        for place, target in one.piece.targets:
-            targets.append(target)
-            sources.append(whole if target.numel() == whole.numel() else whole[place : place + target.numel()])
-    copied = torch.cuda.Event()
-    # Inference mode is a thread's own, and what was made in it may be written to only there.
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        torch._foreach_copy_(targets, sources, non_blocking=True)
-        copied.record(stream)
-    return copied

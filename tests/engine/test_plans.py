@@ -189,7 +189,7 @@ def test_a_gpu_too_small_for_its_part_is_left_out(heavy: Path) -> None:
     plan = plan_of(heavy, timed(0), timed(1, tflops=0.5), shape=TINY, max_memory_gib=sliders)
     assert plan.parallel and taking_part(plan) == [0]
     assert "GPU 1 · Imagined 64 GB is left out: all GPUs at once need more memory than they may use." in plan.notes
-    with pytest.raises(PlacementError, match="With execution auto instead of parallel it fits as it is."):
+    with pytest.raises(PlacementError, match="With execution auto instead of parallel this size fits as it is."):
         plan_of(heavy, timed(0), timed(1, tflops=0.5), shape=TINY, max_memory_gib=sliders, execution="parallel")
     with pytest.raises(PlacementError) as caught:
         plan_of(heavy, timed(0), timed(1), shape=VideoShape(1280, 720, 4001), max_memory_gib={0: 1, 1: 1}, execution="parallel")
