@@ -11,6 +11,7 @@ from diffusers_reference import load_pipeline, reference_frames
 from engine_bench import Bench, benches
 from imagined_machine import TinyExpert
 from wan_sharded.engine import ImageToVideoRequest
+from wan_sharded.engine.parallel import forward as forward_module
 
 SIZE = {"width": 64, "height": 48, "num_frames": 5, "num_inference_steps": 3}
 TEXTS = {"prompt": "A white cat sits on a surfboard.", "negative_prompt": "blurred details"}
@@ -26,6 +27,12 @@ def one_thread() -> Iterator[None]:
     yield
     gc.unfreeze()
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def steady_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares stay what they are planned to be, however long a device takes: other ones round otherwise."""
+    monkeypatch.setattr(forward_module, "better_speeds", lambda *args: None)
 
 
 @pytest.fixture(scope="session")

@@ -182,6 +182,7 @@ def test_cancel_at_any_moment(tiny_checkpoint: Path, quick: Request) -> None:
     cancel_everywhere(ImageToVideo(ModelOwner()), open_model(tiny_checkpoint), quick(), stops=15)
 
 
+@pytest.mark.usefixtures("steady_shares")
 @pytest.mark.parametrize("offload", ["auto", "cpu"])
 def test_cancel_at_any_moment_on_several_devices(tiny_checkpoint: Path, quick: Request, offload: str) -> None:
     """With weights on their way between devices, and blocks half fetched."""
@@ -267,6 +268,7 @@ def test_a_file_that_breaks_after_the_loader_node(tiny_checkpoint: Path, tmp_pat
     assert torch.isfinite(engine(open_model(tiny_checkpoint), quick()).frames).all()
 
 
+@pytest.mark.usefixtures("steady_shares")
 def test_sizes_and_sliders_that_cannot_be(tiny_checkpoint: Path, quick: Request) -> None:
     with ImaginedGpus():
         engine = ImageToVideo(ModelOwner(), lambda: imagined_machine(2))

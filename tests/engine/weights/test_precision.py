@@ -221,6 +221,7 @@ def test_widening_rounds_once() -> None:
     assert torch.equal(widened_rows(values, scale, BF16), (values.double() * scale.double()).to(F32).to(BF16))
 
 
+@pytest.mark.usefixtures("steady_shares")
 @pytest.mark.parametrize("weight_dtype", ["int8", "fp8_e4m3fn"])
 def test_eight_bits_are_the_same_on_several_devices(tiny_checkpoint: Path, make_request: Callable, weight_dtype: str) -> None:
     """Quantized weights survive being moved, parked and fetched."""
