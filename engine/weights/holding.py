@@ -69,8 +69,6 @@ class Holder:
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         # Part -> its parameters' full names.
         self.names = {part: [name for name in self._shapes if name == part or name.startswith(f"{part}.")] for part in parts}
-        # (part, name inside it) -> the module that has it, and its name there: finding it takes longer than changing it.
-        self._owners: dict[tuple[str, str], tuple[nn.Module, str]] = {}
         # Part -> its tensors by their names inside it.
         self._held: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -107,8 +105,7 @@ class Holder:
 
     def _owner(self, part: str, name: str) -> tuple[nn.Module, str]:
         """The module that has a tensor of a part as its parameter, and the parameter's name there."""
-        if (part, name) not in self._owners:
-            path, _, last = name.rpartition(".")
-            owner = self._model if part in self._shapes else self._model.get_submodule(f"{part}.{path}" if path else part)
-            self._owners[part, name] = owner, part if owner is self._model else last
-        return self._owners[part, name]
+        if part in self._shapes:
+            return self._model, part
+        path, _, last = name.rpartition(".")
+        return self._model.get_submodule(f"{part}.{path}" if path else part), last
