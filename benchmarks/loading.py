@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 pack = ModuleType("wan_sharded")
@@ -42,6 +43,7 @@ from wan_sharded.engine.checkpoints.lora import LoraChoice, open_lora_file  # no
 from wan_sharded.engine.host_memory import host_buffer  # noqa: E402
 from wan_sharded.engine.owner import ModelOwner  # noqa: E402
 from wan_sharded.engine.planning.footprint import VideoShape  # noqa: E402
+from wan_sharded.engine.weights import library_reads  # noqa: E402
 
 GB, GIB = 1e9, 1024**3
 SHAPE = VideoShape(832, 480, 81)
@@ -289,9 +291,11 @@ def main() -> None:
             (12, SMALL_CHUNK, 2),
             (8, SMALL_CHUNK, 1),
             (16, SMALL_CHUNK, 1),
+            # As what sends to the GPU reads, but with Python's threads (engine/weights/library_reads.py).
+            (14, SMALL_CHUNK // 2, 3),
         ):
             words = f"reading alone, {threads} thread{'s' if threads > 1 else ''}, {chunk // 1024**2} MiB each at a time"
-            words += ", two buffers by turns" if by_turns > 1 else ""
+            words += f", {by_turns} buffers by turns" if by_turns > 1 else ""
             rows.append(rate(case, words, form, both, sum(read_alone(file, threads, chunk, by_turns) for file in pair)))
         words = f"reading alone, 12 threads, {SMALL_CHUNK // 1024**2} MiB each at a time, into new memory"
         rows.append(rate(case, words, form, both, sum(read_into_new(file, 12, SMALL_CHUNK) for file in pair)))
@@ -309,6 +313,10 @@ def main() -> None:
             one = Loading(case, *pair, dtype, offload)
             try:
                 rows += one.rows(f"wan-sharded, {what}")
+                if offload == "auto" and dtype == "default" and library_reads.available():
+                    one.owner.release()
+                    with mock.patch.object(library_reads, "available", lambda: False):
+                        rows += one.rows(f"wan-sharded, {what}, Python's threads reading")
                 if form == "fp8":
                     rows += lora_rows(one, a.folder, a.layers)
             except Exception as error:

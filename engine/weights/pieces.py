@@ -37,14 +37,14 @@ class Piece:
         return self.targets[0][1].device
 
 
-def pieces_of(wanted: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[Piece]:
+def pieces_of(wanted: Sequence[tuple[StoredTensor, torch.Tensor]], most_bytes: int) -> Iterator[Piece]:
     """What is wanted in pieces of about one size: what lies near each other in a file is cut without regard to where tensors end."""
     ordered = sorted(wanted, key=lambda pair: (_whose(pair), pair[0].offset))
     for _, near in groupby(numbered_runs(ordered), key=lambda found: found[0]):
         run = [pair for _, pair in near]
         first, last = run[0][0], run[-1][0]
         size = last.offset + last.size_bytes - first.offset
-        each = -(-size // max(1, -(-size // PIECE_BYTES)))
+        each = -(-size // max(1, -(-size // most_bytes)))
         for _, parts in groupby(_cut(run, each), key=lambda part: (part[0] - first.offset) // each):
             targets = list(parts)
             offset, end = targets[0][0], targets[-1][0] + targets[-1][1].numel()
@@ -121,10 +121,11 @@ def named(path: Path) -> Generator[None, None, None]:
     try:
         yield
     except (OSError, EOFError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, why: object) -> CheckpointError:
+def unreadable(path: Path, why: object) -> CheckpointError:
+    """What to raise where a file can't be read."""
     return CheckpointError(f"{path} could not be read ({why}). Was it moved or is it damaged? Download it again.")
 
 

@@ -15,6 +15,7 @@ from wan_sharded.engine.parallel.crew import Crew, Share
 from wan_sharded.engine.parallel.forward import ParallelForward
 from wan_sharded.engine.parallel.functions import BlockFunctions
 from wan_sharded.engine.parallel.workers import Worker, new_stream
+from wan_sharded.engine.weights import library_reads
 from wan_sharded.engine.weights.expert import CPU, Expert
 from wan_sharded.engine.weights.precision import Precision, resolve_precision
 from wan_sharded.engine.weights.reading import TensorReader
@@ -33,23 +34,44 @@ def full_float32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before
 
 
-def test_bytes_arrive_whole(tmp_path: Path) -> None:
-    """Many tensors through few buffers, larger and smaller ones in turn, with a device that is busy all the time."""
+@pytest.mark.parametrize("by", ["library", "threads"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_bytes_arrive_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str, count: int) -> None:
+    """Many tensors through few buffers, larger and smaller ones in turn, to GPUs that are busy all the time."""
+    if count > torch.cuda.device_count():
+        pytest.skip(f"needs {count} GPUs")
+    if by == "threads":
+        monkeypatch.setattr(library_reads, "available", lambda: False)
+    elif not library_reads.available():
+        pytest.skip("only Python's threads read here")
     generator = torch.Generator().manual_seed(0)
     sizes = [48 * MIB, 1000, 17 * MIB + 3, 33 * MIB, 5, 64 * MIB, 16 * MIB, 16 * MIB + 1] * 3
     tensors = {f"t{i:02}": torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator) for i, size in enumerate(sizes)}
     save_file(tensors, tmp_path / "file.safetensors")
     entries = read_header(tmp_path / "file.safetensors")
     reader = TensorReader()
-    busy = torch.randn(4096, 4096, device=GPU)
-    for at_once in (1, len(entries), 5):
-        arrived = {name: torch.empty(entry.size_bytes, dtype=torch.uint8, device=GPU) for name, entry in entries.items()}
+    gpus = [torch.device("cuda", number) for number in range(count)]
+    busy = [torch.randn(4096, 4096, device=gpu) for gpu in gpus]
+    streams = {gpu: [torch.cuda.default_stream(gpu), torch.cuda.Stream(gpu)] for gpu in gpus}
+    for turn, at_once in enumerate((1, len(entries), 5, 7)):
+        arrived = {
+            name: torch.empty(entry.size_bytes, dtype=torch.uint8, device=gpus[number % count])
+            for number, (name, entry) in enumerate(entries.items())
+        }
         wanted = [(entry, arrived[name]) for name, entry in entries.items()]
+        for gpu in gpus:
+            torch.cuda.set_stream(streams[gpu][turn % 2])
         for begin in range(0, len(wanted), at_once):
-            busy = busy @ busy * 1e-3  # so that copies queue up behind it
+            for number in range(count):  # so that copies queue up behind it
+                with torch.cuda.device(gpus[number]):
+                    busy[number] = busy[number] @ busy[number] * 1e-3
             reader.read_into(wanted[begin : begin + at_once])
         for name, tensor in tensors.items():
             assert torch.equal(arrived[name].cpu(), tensor), name
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+            torch.cuda.set_stream(streams[gpu][0])
+        torch.cuda.set_device(0)
         reader.close()
 
 

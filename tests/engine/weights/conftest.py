@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from read_files import PIECE, Watch
-from wan_sharded.engine.weights import pieces
+from wan_sharded.engine.weights import library_reads, pieces
 from wan_sharded.engine.weights.reading import TensorReader
 
 
@@ -13,6 +13,7 @@ from wan_sharded.engine.weights.reading import TensorReader
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few kilobytes are as many pieces as gigabytes are."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(library_reads, "PIECE_BYTES", PIECE)
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_what_is_not_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return stored, torch.empty(bytes_each, dtype=torch.uint8, device=device)
 
     def cut(*asked: tuple[StoredTensor, torch.Tensor]) -> list[tuple[str, int, int, int, str]]:
-        found = list(pieces.pieces_of(asked))
+        found = list(pieces.pieces_of(asked, PIECE))
         for piece in found:
             assert {target.device for _, target in piece.targets} == {piece.device}
         return [(piece.path.name, piece.offset, piece.size_bytes, len(piece.targets), piece.device.type) for piece in found]

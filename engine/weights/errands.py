@@ -1,0 +1,122 @@
+"""What is to be read for somebody, and how that goes."""
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from .pieces import Piece
+
+
+class Reading:
+    """Tensors that were asked for together, while threads read them.
+
+    Attributes:
+        stopped: what has not begun is to be left out.
+        incomplete: something of it was left out, or failed.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._left = 0
+        self._size_bytes = 0
+        self._error: BaseException | None = None
+        self.stopped = False
+        self.incomplete = False
+
+    def add(self, pieces: int, size_bytes: int) -> None:
+        """What is to be read for it."""
+        with self._changed:
+            self._left += pieces
+            self._size_bytes += size_bytes
+
+    def done(self, error: BaseException | None = None, *, left_out: bool = False) -> None:
+        """One of those things is done, was left out, or failed."""
+        with self._changed:
+            self._left -= 1
+            self._error = self._error or error
+            self.incomplete = self.incomplete or left_out or error is not None
+            if self.incomplete or not self._left:
+                self._changed.notify_all()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more comes of it; :meth:`wait` says at once how it went."""
+        return not self._left
+
+    @property
+    def unfinished_bytes(self) -> int:
+        """All of it, until it is there."""
+        return self._size_bytes if self._left or self.incomplete else 0
+
+    def wait(self) -> None:
+        """Until all of it is there: in memory, or queued in the order of the GPU's stream.
+
+        Raises:
+            CheckpointError: a file can't be read any more, or has become shorter. Nothing is written for this reading after that.
+        """
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._left or self.incomplete)
+        except BaseException:
+            self.stop()
+            raise
+        if self.incomplete:
+            error = self._error or RuntimeError("what was to be read was let go")
+            self.stop()
+            try:
+                raise error
+            finally:
+                del error
+
+    def ended(self) -> bool:
+        """Wait until no thread reads for it any more, from whatever thread: whether all of it is there."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._left)
+        return not self.incomplete
+
+    def stop(self) -> None:
+        """Leave out what has not begun, and wait for the rest: no thread may write into memory that is let go."""
+        self.stopped = True
+        with self._changed:
+            self._changed.wait_for(lambda: not self._left)
+            self._error = None  # which knows this reading, and so the memory it was to fill
+
+
+@dataclass(frozen=True, eq=False)
+class Errand:
+    """A piece that is to be read for somebody, and the GPU's stream it is to be sent in."""
+
+    piece: Piece
+    reading: Reading
+    stream: "torch.cuda.Stream | None"
+
+
+class Errands:
+    """What is still to be taken on, what is urgent first. Its lock is for whoever takes them."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._urgent: deque[Errand] = deque()
+        self._others: deque[Errand] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._urgent or self._others)
+
+    def add(self, errands: Iterable[Errand], *, urgent: bool) -> None:
+        (self._urgent if urgent else self._others).extend(errands)
+
+    def take(self) -> Errand | None:
+        """The next one, if there is one."""
+        return (self._urgent or self._others).popleft() if self else None
+
+    def leave_out(self, errands: Iterable[Errand]) -> None:
+        """Those that nobody has taken on."""
+        for errand in errands:
+            for waiting in (self._urgent, self._others):
+                with suppress(ValueError):
+                    waiting.remove(errand)
+                    errand.reading.done(left_out=True)

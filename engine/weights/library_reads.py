@@ -1,0 +1,271 @@
+"""Reading for GPUs by the C library's threads, and sending what was read: both by one thread of Python's, which hardly lets go of its lock.
+
+Between many threads of Python's, each of which reads for a millisecond, most time goes by in waiting to be let into Python again. Where the
+libraries for this are not at hand, as on Windows, such threads read all the same (thread_reads.py).
+"""
+
+import ctypes
+import errno
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from ..host_memory import host_buffer
+from . import pieces
+from .driver_copies import Copied, DriverCopies
+from .errands import Errand, Errands
+from .library_calls import NO_NOTIFICATION, AsynchronousReads, Control, Time, asynchronous_reads, cuda_driver
+from .pieces import Piece
+
+# As many as a usual computer's processor has cores; a few more than Python's threads, since none of these waits for Python.
+THREADS = min(14, os.cpu_count() or 1)
+# What is read into stays in the processor's cache until it is sent, if all buffers together are small; a piece costs Python some microseconds.
+PIECE_BYTES = 4 * 1024**2
+# Begun for each thread at once, so that none waits for Python.
+DEPTH = 2
+# What is on its way to GPUs meanwhile, for each thread.
+SENT = 1
+# Something else may be to be read before what is being read now has come: looked for so often where there is room for it.
+LOOK = Time(0, 5_000_000)
+_ERROR, _RESULT = Control.error.offset // 4, Control.result.offset // 8
+
+
+def available() -> bool:
+    """Whether all that this needs is there."""
+    return asynchronous_reads() is not None and cuda_driver() is not None
+
+
+class _Buffer:
+    """Page-locked memory for one piece, and what reads into it.
+
+    Attributes:
+        memory: uint8.
+        address: of its first byte.
+        is_locked: whether it really is page-locked.
+        control_address: of the control block.
+        errand: that it is read for.
+    """
+
+    def __init__(self) -> None:
+        self.memory = host_buffer(PIECE_BYTES)
+        self.address = self.memory.data_ptr()
+        self.is_locked = self.memory.is_pinned()
+        self._bytes = self.memory.numpy().data
+        control = bytearray(ctypes.sizeof(Control))
+        self._control = Control.from_buffer(control)
+        self._control.memory, self._control.notification = self.address, NO_NOTIFICATION
+        self.control_address = ctypes.addressof(self._control)
+        self._ints, self._longs = memoryview(control).cast("i"), memoryview(control).cast("q")
+        self.errand: Errand | None = None
+        self._file: IO[bytes] | None = None
+        self._is_begun = False
+
+    @property
+    def piece(self) -> Piece:
+        assert self.errand is not None
+        return self.errand.piece
+
+    def begin(self, errand: Errand, file: IO[bytes], calls: AsynchronousReads) -> None:
+        control, piece = self._control, errand.piece
+        control.file, control.size_bytes, control.offset = file.fileno(), piece.size_bytes, piece.offset
+        self.errand, self._file = errand, file
+        self._is_begun = not calls.read(self.control_address)
+
+    def is_over(self) -> bool:
+        return not self._is_begun or self._ints[_ERROR] != errno.EINPROGRESS
+
+    def end(self) -> None:
+        """See to it that all is there.
+
+        Raises:
+            OSError, EOFError: it can't be read.
+        """
+        file, read, piece = self._file, 0, self.piece
+        assert file is not None
+        self._file = None
+        if self._is_begun:
+            if code := self._ints[_ERROR]:
+                raise OSError(code, os.strerror(code))
+            read = self._longs[_RESULT]
+        if read != piece.size_bytes:  # no thread could be had, or the file is shorter than it was
+            pieces.read_at(file, self._bytes[read : piece.size_bytes], piece.offset + read)
+
+
+class _Lane:
+    """What is read one behind the other: the library has a thread for each open file, so each lane has its own.
+
+    Attributes:
+        reading: in their order.
+    """
+
+    def __init__(self) -> None:
+        self.reading: deque[_Buffer] = deque()
+        self._files: dict[tuple[Path, int], IO[bytes]] = {}
+
+    def file(self, path: Path, modified_ns: int) -> IO[bytes]:
+        if (path, modified_ns) not in self._files:
+            file = path.open("rb", buffering=0)
+            self._files[path, modified_ns] = file
+            try:
+                pieces.check_unchanged(path, os.fstat(file.fileno()), modified_ns)
+            except BaseException:
+                self._files.pop((path, modified_ns)).close()
+                raise
+        return self._files[path, modified_ns]
+
+    def close(self) -> None:
+        while self._files:
+            self._files.popitem()[1].close()
+
+
+class LibraryReads:
+    """Does errands for GPUs, several at a time, in :data:`THREADS` threads of the C library's.
+
+    Raises:
+        RuntimeError: there is no thread to be had.
+    """
+
+    def __init__(self) -> None:
+        calls = asynchronous_reads()
+        assert calls is not None
+        self._calls, self._copies = calls, DriverCopies(cuda_driver())
+        self._errands = Errands()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wan-sharded-reader")
+        self._thread.submit(lambda: None)  # a thread that can't be had is said here
+        self._lanes = [_Lane() for _ in range(THREADS)]
+        self._waiting = (ctypes.c_void_p * THREADS)()
+        # Used again last in, first out: what was just sent is still in the processor's cache.
+        self._free: list[_Buffer] = []
+        self._unmade = (DEPTH + SENT) * THREADS
+        self._sent: deque[tuple[list[_Buffer], Copied]] = deque()
+        self._at_work = False
+
+    def close(self) -> None:
+        """Give files, buffers and the thread back, when nothing is left to be done."""
+        self._thread.shutdown()
+        for lane in self._lanes:
+            lane.close()
+        while self._sent:
+            self._take_back()
+        self._free.clear()
+
+    def begin(self, wanted: Sequence[Errand], *, urgent: bool) -> None:
+        """Have errands done; where that can't be, none of them is still to be done.
+
+        Raises:
+            RuntimeError: Python is about to end.
+        """
+        with self._errands.lock:
+            self._errands.add(wanted, urgent=urgent)
+            if self._at_work:
+                return
+            self._at_work = True
+        try:
+            self._thread.submit(self._work)
+        except BaseException:
+            with self._errands.lock:
+                self._at_work = False
+                self._errands.leave_out(wanted)
+            raise
+
+    def _work(self) -> None:
+        """Go on while there is something to be done."""
+        while True:
+            has_room = self._begin_reads()
+            if over := [lane for lane in self._lanes if lane.reading and lane.reading[0].is_over()]:
+                self._end_reads(over)
+            elif any(lane.reading for lane in self._lanes):
+                for number, lane in enumerate(self._lanes):
+                    self._waiting[number] = lane.reading[0].control_address if lane.reading else None
+                self._calls.wait(self._waiting, len(self._lanes), ctypes.byref(LOOK) if has_room else None)
+            elif not has_room:  # all buffers are on their way
+                self._take_back()
+            else:
+                with self._errands.lock:
+                    if not self._errands:
+                        self._at_work = False
+                        return
+
+    def _begin_reads(self) -> bool:
+        """As many as there is room for: whether there is more."""
+        while self._sent and self._copies.have_arrived(self._sent[0][1]):
+            self._take_back()
+        for depth in range(1, DEPTH + 1):  # nobody is to have two while another one has none
+            for lane in self._lanes:
+                while len(lane.reading) < depth:
+                    if not self._errands:
+                        return True
+                    if not self._free and not self._unmade:
+                        return False
+                    self._begin_read(lane)
+        return False
+
+    def _begin_read(self, lane: _Lane) -> None:
+        errand = self._errands.take()
+        assert errand is not None, "nobody else takes any"
+        piece, reading = errand.piece, errand.reading
+        try:
+            if reading.stopped:
+                return reading.done(left_out=True)
+            if not self._free:
+                self._free.append(_Buffer())
+                self._unmade -= 1
+            with pieces.named(piece.path):
+                file = lane.file(piece.path, piece.modified_ns)
+            buffer = self._free.pop()
+            buffer.begin(errand, file, self._calls)
+            lane.reading.append(buffer)
+        except BaseException as error:
+            reading.done(error)
+
+    def _end_reads(self, lanes: Sequence[_Lane]) -> None:
+        """Send what is there in these lanes, and say so."""
+        filled: dict[torch.cuda.Stream, list[_Buffer]] = {}
+        for lane in lanes:
+            buffer = lane.reading.popleft()
+            errand = buffer.errand
+            assert errand is not None and errand.stream is not None
+            try:
+                with pieces.named(errand.piece.path):
+                    buffer.end()
+                filled.setdefault(errand.stream, []).append(buffer)
+            except BaseException as error:
+                self._give_back([buffer])
+                errand.reading.done(error)
+        for stream, buffers in filled.items():
+            self._send(stream, buffers)
+
+    def _send(self, stream: "torch.cuda.Stream", buffers: list[_Buffer]) -> None:
+        readings = [buffer.errand.reading for buffer in buffers if buffer.errand is not None]
+        error = None
+        try:
+            self._sent.append((buffers, self._copies.queue(stream, buffers)))
+        except BaseException as failed:
+            error = failed
+            with suppress(RuntimeError):  # some copies may be under way
+                stream.synchronize()
+            self._give_back(buffers)
+        for buffer in buffers:
+            buffer.errand = None  # which knows the memory that is filled
+        for reading in readings:
+            reading.done(error)
+
+    def _take_back(self) -> None:
+        """The buffers that were sent first, once they have arrived."""
+        buffers, copied = self._sent.popleft()
+        if not self._copies.have_arrived(copied):
+            with suppress(RuntimeError):  # the GPU failed, which whoever uses it next is told too
+                copied.event.synchronize()
+        self._copies.give_back(copied)
+        self._give_back(buffers)
+
+    def _give_back(self, buffers: Sequence[_Buffer]) -> None:
+        for buffer in buffers:
+            buffer.errand = None
+        self._free += buffers
