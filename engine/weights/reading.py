@@ -1,8 +1,8 @@
 """Tensors from checkpoint files to where they are wanted, each once, as the files have them.
 
-Several threads read, piece by piece, while whoever asked goes on to what is wanted next. To a GPU the pieces go through small page-locked
-buffers, so that reading and copying overlap; into host memory they are read in place. Nothing is mapped that a GPU waits for: a mapped
-page that must be fetched costs more than reading.
+Several threads read, piece by piece, while whoever asked goes on to what is wanted next (library_reads.py, thread_reads.py). To a GPU the
+pieces go through small page-locked buffers, so that reading and copying overlap; into host memory they are read in place. Nothing is mapped
+that a GPU waits for: a mapped page that must be fetched costs more than reading.
 """
 
 import os
