@@ -9,6 +9,10 @@ import torch
 
 from .pieces import Piece
 
+NOT_READY = 600  # CUDA_ERROR_NOT_READY
+# The driver has room for about a thousand copies that wait, and there are some forty pieces at a time.
+MOST_TARGETS = 20
+
 
 class Filled(Protocol):
     """Memory that a piece was read into.
@@ -67,7 +71,8 @@ class DriverCopies:
             RuntimeError: the GPU refuses. Some may be under way.
         """
         copied = self._idle(stream)
-        if not all(one.is_locked for one in filled):  # the driver waits for such copies, during which torch lets others go on
+        # The driver waits for copies from memory that is not locked, and where too many are queued; torch lets others go on meanwhile.
+        if not all(one.is_locked and len(one.piece.targets) <= MOST_TARGETS for one in filled):
             with torch.inference_mode(), torch.cuda.stream(stream):
                 for one in filled:
                     for place, target in one.piece.targets:
@@ -76,16 +81,16 @@ class DriverCopies:
             return copied
         driver, raw = self._driver, stream.cuda_stream
         # The stream that all is queued in at first has no name of its own: it is the one of the current context.
-        _check(driver.cuCtxSetCurrent(self._gpus[stream.device].context))
+        self._check(driver.cuCtxSetCurrent(self._gpus[stream.device].context))
         for one in filled:
             for place, target in one.piece.targets:
-                _check(driver.cuMemcpyHtoDAsync_v2(target.data_ptr(), one.address + place, target.numel(), raw))
-        _check(driver.cuEventRecord(copied.number, raw))
+                self._check(driver.cuMemcpyHtoDAsync_v2(target.data_ptr(), one.address + place, target.numel(), raw))
+        self._check(driver.cuEventRecord(copied.number, raw))
         return copied
 
-    def have_arrived(self, copied: Copied) -> bool:
-        """Whether they have. False where the GPU failed."""
-        return not self._driver.cuEventQuery(copied.number)
+    def are_over(self, copied: Copied) -> bool:
+        """Whether they have arrived, or never will: the GPU failed, which whoever uses it next is told too."""
+        return self._driver.cuEventQuery(copied.number) != NOT_READY
 
     def give_back(self, copied: Copied) -> None:
         """It is waited for no more."""
@@ -100,11 +105,12 @@ class DriverCopies:
             event.record(stream)  # makes it, and the GPU's context this thread's
             if gpu is None:
                 context = ctypes.c_void_p()
-                _check(self._driver.cuCtxGetCurrent(ctypes.byref(context)))
+                self._check(self._driver.cuCtxGetCurrent(ctypes.byref(context)))
                 self._gpus[stream.device] = _Gpu(context.value or 0)
         return Copied(event, event.cuda_event, stream.device)
 
-
-def _check(error: int) -> None:
-    if error:
-        raise RuntimeError(f"CUDA error {error} where a copy to a GPU was queued")
+    def _check(self, error: int) -> None:
+        if error:
+            words = ctypes.c_char_p()
+            self._driver.cuGetErrorString(error, ctypes.byref(words))
+            raise RuntimeError(f"CUDA error: {(words.value or b'unknown').decode()} (number {error}, where a copy to a GPU was queued)")

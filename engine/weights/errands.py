@@ -96,7 +96,7 @@ class Errand:
 
 
 class Errands:
-    """What is still to be taken on, what is urgent first. Its lock is for whoever takes them."""
+    """What is still to be taken on, what is urgent first. Its lock is for whoever ends its work when there is nothing, and where several take."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -112,6 +112,12 @@ class Errands:
     def take(self) -> Errand | None:
         """The next one, if there is one."""
         return (self._urgent or self._others).popleft() if self else None
+
+    def leave_out_stopped(self) -> None:
+        """What would be next, but was let go."""
+        for waiting in (self._urgent, self._others):
+            while waiting and waiting[0].reading.stopped:
+                waiting.popleft().reading.done(left_out=True)
 
     def leave_out(self, errands: Iterable[Errand]) -> None:
         """Those that nobody has taken on."""

@@ -44,6 +44,7 @@ class Time(ctypes.Structure):
 
 
 NO_NOTIFICATION = 1  # SIGEV_NONE
+_PROBES: list[Any] = []
 
 
 class AsynchronousReads:
@@ -51,19 +52,20 @@ class AsynchronousReads:
 
     Attributes:
         read: begin (address of a :class:`Control`); anything but 0 where no thread or memory can be had.
+        error: of a read (address): what the library still did with the control block is done then.
         wait: until one of several reads is over (array of addresses, how many, address of a :class:`Time` or None).
     """
 
     def __init__(self) -> None:
-        names = "aio_read", "aio_suspend"
+        names = "aio_read", "aio_error", "aio_suspend"
         for library in ("libc.so.6", "librt.so.1"):  # which has them before version 2.34
             keeping, letting_go = ctypes.PyDLL(library), ctypes.CDLL(library)
             if all(hasattr(keeping, name) for name in names):
                 break
         else:
             raise OSError("no asynchronous reads")
-        self.read, self.wait = keeping.aio_read, letting_go.aio_suspend
-        self.read.argtypes = [ctypes.c_void_p]
+        self.read, self.error, self.wait = keeping.aio_read, keeping.aio_error, letting_go.aio_suspend
+        self.read.argtypes = self.error.argtypes = [ctypes.c_void_p]
         self.wait.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
 
 
@@ -79,13 +81,14 @@ def asynchronous_reads() -> AsynchronousReads | None:
         calls, path, got = AsynchronousReads(), Path(__file__), bytearray(100)
         control = Control(memory=ctypes.addressof(ctypes.c_char.from_buffer(got)), size_bytes=100, offset=10, notification=NO_NOTIFICATION)
         address = ctypes.addressof(control)
+        _PROBES.append((control, got))  # also where something interrupts this, which the library does not know
         with path.open("rb") as file:
             control.file = file.fileno()
             if calls.read(address):
                 return None
             while control.error == errno.EINPROGRESS:
                 calls.wait((ctypes.c_void_p * 1)(address), 1, None)
-        works = control.error == 0 and control.result == 100 and bytes(got) == path.read_bytes()[10:110]
+        works = calls.error(address) == 0 and control.result == 100 and bytes(got) == path.read_bytes()[10:110]
     except (OSError, AttributeError):
         return None
     return calls if works else None
@@ -96,11 +99,12 @@ def cuda_driver() -> Any:
     """CUDA's own library for copies; None where there is none, as with AMD's GPUs."""
     try:
         calls: Any = ctypes.PyDLL("libcuda.so.1") if torch.version.cuda else None
-    except OSError:
+        if calls is not None:
+            pointer, size = ctypes.c_void_p, ctypes.c_size_t
+            calls.cuMemcpyHtoDAsync_v2.argtypes = [pointer, pointer, size, pointer]
+            calls.cuEventRecord.argtypes = [pointer, pointer]
+            calls.cuEventQuery.argtypes = calls.cuCtxSetCurrent.argtypes = calls.cuCtxGetCurrent.argtypes = [pointer]
+            calls.cuGetErrorString.argtypes = [ctypes.c_int, pointer]
+    except (OSError, AttributeError):
         return None
-    if calls is not None:
-        pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        calls.cuMemcpyHtoDAsync_v2.argtypes = [pointer, pointer, size, pointer]
-        calls.cuEventRecord.argtypes = [pointer, pointer]
-        calls.cuEventQuery.argtypes = calls.cuCtxSetCurrent.argtypes = calls.cuCtxGetCurrent.argtypes = [pointer]
     return calls

@@ -7,12 +7,13 @@ libraries for this are not at hand, as on Windows, such threads read all the sam
 import ctypes
 import errno
 import os
+import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -33,12 +34,14 @@ DEPTH = 2
 SENT = 1
 # Something else may be to be read before what is being read now has come: looked for so often where there is room for it.
 LOOK = Time(0, 5_000_000)
+# And so often whether copies have arrived, while there is nothing else to wait for.
+LOOK_AT_COPIES_S = 0.001
 _ERROR, _RESULT = Control.error.offset // 4, Control.result.offset // 8
 
 
 def available() -> bool:
-    """Whether all that this needs is there."""
-    return asynchronous_reads() is not None and cuda_driver() is not None
+    """Whether all that this needs is there. To be asked where something goes to GPUs: finding out makes a thread."""
+    return cuda_driver() is not None and asynchronous_reads() is not None
 
 
 class _Buffer:
@@ -98,7 +101,7 @@ class _Buffer:
 
 
 class _Lane:
-    """What is read one behind the other: the library has a thread for each open file, so each lane has its own.
+    """What is read one behind the other: the library reads from each open file in one thread, so each lane has its own.
 
     Attributes:
         reading: in their order.
@@ -125,7 +128,7 @@ class _Lane:
 
 
 class LibraryReads:
-    """Does errands for GPUs, several at a time, in :data:`THREADS` threads of the C library's.
+    """Does errands for GPUs, several at a time: in :data:`THREADS` threads of the C library's, or as many as it has.
 
     Raises:
         RuntimeError: there is no thread to be had.
@@ -143,16 +146,18 @@ class LibraryReads:
         # Used again last in, first out: what was just sent is still in the processor's cache.
         self._free: list[_Buffer] = []
         self._unmade = (DEPTH + SENT) * THREADS
-        self._sent: deque[tuple[list[_Buffer], Copied]] = deque()
+        # By stream: a GPU may be busy for long, while another one is not.
+        self._sent: dict[torch.cuda.Stream, deque[tuple[list[_Buffer], Copied]]] = {}
+        self._more = threading.Event()
         self._at_work = False
 
     def close(self) -> None:
         """Give files, buffers and the thread back, when nothing is left to be done."""
-        self._thread.shutdown()
+        self._thread.shutdown()  # which ends when all copies have arrived
         for lane in self._lanes:
             lane.close()
-        while self._sent:
-            self._take_back()
+        for buffer in self._free:  # the library may just be leaving its control block
+            self._calls.error(buffer.control_address)
         self._free.clear()
 
     def begin(self, wanted: Sequence[Errand], *, urgent: bool) -> None:
@@ -163,6 +168,7 @@ class LibraryReads:
         """
         with self._errands.lock:
             self._errands.add(wanted, urgent=urgent)
+            self._more.set()
             if self._at_work:
                 return
             self._at_work = True
@@ -176,29 +182,55 @@ class LibraryReads:
 
     def _work(self) -> None:
         """Go on while there is something to be done."""
+        try:
+            self._go_on()
+        except BaseException as error:  # nobody else would end what was begun
+            self._fail(error)
+
+    def _go_on(self) -> None:
         while True:
+            self._more.clear()
+            self._take_back()
             has_room = self._begin_reads()
             if over := [lane for lane in self._lanes if lane.reading and lane.reading[0].is_over()]:
                 self._end_reads(over)
             elif any(lane.reading for lane in self._lanes):
-                for number, lane in enumerate(self._lanes):
-                    self._waiting[number] = lane.reading[0].control_address if lane.reading else None
-                self._calls.wait(self._waiting, len(self._lanes), ctypes.byref(LOOK) if has_room else None)
-            elif not has_room:  # all buffers are on their way
-                self._take_back()
+                self._wait_for_reads(ctypes.byref(LOOK) if has_room else None)
+            elif any(self._sent.values()):
+                self._more.wait(LOOK_AT_COPIES_S)
             else:
                 with self._errands.lock:
                     if not self._errands:
                         self._at_work = False
                         return
 
+    def _wait_for_reads(self, limit: Any) -> None:
+        for number, lane in enumerate(self._lanes):
+            self._waiting[number] = lane.reading[0].control_address if lane.reading else None
+        self._calls.wait(self._waiting, len(self._lanes), limit)
+
+    def _fail(self, error: BaseException) -> None:
+        """End what was begun, and what was to be."""
+        for lane in self._lanes:
+            while lane.reading:
+                if lane.reading[0].is_over():
+                    buffer = lane.reading.popleft()
+                    if buffer.errand is not None:
+                        buffer.errand.reading.done(error)
+                    self._give_back([buffer])
+                else:
+                    self._wait_for_reads(None)
+        with self._errands.lock:
+            self._at_work = False
+            while (errand := self._errands.take()) is not None:
+                errand.reading.done(error)
+
     def _begin_reads(self) -> bool:
         """As many as there is room for: whether there is more."""
-        while self._sent and self._copies.have_arrived(self._sent[0][1]):
-            self._take_back()
         for depth in range(1, DEPTH + 1):  # nobody is to have two while another one has none
             for lane in self._lanes:
                 while len(lane.reading) < depth:
+                    self._errands.leave_out_stopped()
                     if not self._errands:
                         return True
                     if not self._free and not self._unmade:
@@ -209,20 +241,17 @@ class LibraryReads:
     def _begin_read(self, lane: _Lane) -> None:
         errand = self._errands.take()
         assert errand is not None, "nobody else takes any"
-        piece, reading = errand.piece, errand.reading
+        piece = errand.piece
         try:
-            if reading.stopped:
-                return reading.done(left_out=True)
             if not self._free:
                 self._free.append(_Buffer())
                 self._unmade -= 1
             with pieces.named(piece.path):
                 file = lane.file(piece.path, piece.modified_ns)
-            buffer = self._free.pop()
-            buffer.begin(errand, file, self._calls)
-            lane.reading.append(buffer)
+            self._free[-1].begin(errand, file, self._calls)
+            lane.reading.append(self._free.pop())
         except BaseException as error:
-            reading.done(error)
+            errand.reading.done(error)
 
     def _end_reads(self, lanes: Sequence[_Lane]) -> None:
         """Send what is there in these lanes, and say so."""
@@ -245,7 +274,8 @@ class LibraryReads:
         readings = [buffer.errand.reading for buffer in buffers if buffer.errand is not None]
         error = None
         try:
-            self._sent.append((buffers, self._copies.queue(stream, buffers)))
+            copied = self._copies.queue(stream, buffers)
+            self._sent.setdefault(stream, deque()).append((buffers, copied))
         except BaseException as failed:
             error = failed
             with suppress(RuntimeError):  # some copies may be under way
@@ -255,15 +285,15 @@ class LibraryReads:
             buffer.errand = None  # which knows the memory that is filled
         for reading in readings:
             reading.done(error)
+        del error  # which knows this frame, and so all that is in it
 
     def _take_back(self) -> None:
-        """The buffers that were sent first, once they have arrived."""
-        buffers, copied = self._sent.popleft()
-        if not self._copies.have_arrived(copied):
-            with suppress(RuntimeError):  # the GPU failed, which whoever uses it next is told too
-                copied.event.synchronize()
-        self._copies.give_back(copied)
-        self._give_back(buffers)
+        """What was sent and has arrived."""
+        for sent in self._sent.values():
+            while sent and self._copies.are_over(sent[0][1]):
+                buffers, copied = sent.popleft()
+                self._copies.give_back(copied)
+                self._give_back(buffers)
 
     def _give_back(self, buffers: Sequence[_Buffer]) -> None:
         for buffer in buffers:

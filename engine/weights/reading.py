@@ -6,7 +6,7 @@ that a GPU waits for: a mapped page that must be fetched costs more than reading
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,6 +27,7 @@ BUFFERS = 2 * THREADS
 # Of what was begun, so much may still be on its way when something else is begun: a few blocks, so that threads find something to read while
 # the next one is prepared.
 AHEAD_BYTES = 2 * 1024**3
+Reads = ThreadReads | LibraryReads
 
 
 class TensorReader:
@@ -85,7 +86,7 @@ class TensorReader:
     def begin(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]], *, urgent: bool = False) -> Reading:
         """As :meth:`read_into`, but what is wanted may still be on its way when this returns.
 
-        It is read in the order of these calls, what is urgent before all that has not begun. No more than ``AHEAD_BYTES`` of it all is still
+        It is read in the order of these calls (what goes to GPUs, and what to the CPU), what is urgent before all that has not begun. No more than ``AHEAD_BYTES`` of it all is still
         on its way then, but for what is begun here. All memory must stay until it was waited for, with :meth:`Reading.wait` or :meth:`finish`, or let go with
         :meth:`stop`, which whoever meets an error must call.
         """
@@ -94,8 +95,9 @@ class TensorReader:
                 target.copy_(self.mapped(stored).reshape(-1).view(torch.uint8))
         direct = [pair for pair in wanted if pair[1].device.type in ("cpu", "cuda")]
         in_place = list(pieces.pieces_of([pair for pair in direct if pair[1].device == CPU], pieces.PIECE_BYTES))
-        size = library_reads.PIECE_BYTES if library_reads.available() else pieces.PIECE_BYTES
-        to_gpus = list(pieces.pieces_of([pair for pair in direct if pair[1].device != CPU], size))
+        for_gpus = [pair for pair in direct if pair[1].device != CPU]
+        sends = self._library if for_gpus and library_reads.available() else self._threads
+        to_gpus = list(pieces.pieces_of(for_gpus, library_reads.PIECE_BYTES if sends == self._library else pieces.PIECE_BYTES))
         cut = [*in_place, *to_gpus]
         for path, modified_ns in dict.fromkeys((piece.path, piece.modified_ns) for piece in cut):
             with pieces.named(path):  # threads may have it open under this name from before
@@ -107,7 +109,7 @@ class TensorReader:
             pieces.read_alone(in_place[0])  # not worth a thread
             return reading
         self._under_way = [*before, reading]
-        self._submit(in_place, to_gpus, reading, urgent=urgent)
+        self._submit([(self._threads, in_place), (sends, to_gpus)], reading, urgent=urgent)
         for earlier in before:
             if sum(other.unfinished_bytes for other in self._under_way) > AHEAD_BYTES:
                 earlier.wait()
@@ -129,15 +131,12 @@ class TensorReader:
 
     # ---- how
 
-    def _submit(self, in_place: Sequence[Piece], to_gpus: Sequence[Piece], reading: Reading, *, urgent: bool) -> None:
-        """Have pieces read; where that can't be, none of them is still to be read."""
-        streams = {device: torch.cuda.current_stream(device) for device in {piece.device for piece in to_gpus}}
-        # What is read in place waits for the system to give that memory: whose threads read makes no difference.
-        sends = self._library if library_reads.available() else self._threads
-        sent = [Errand(piece, reading, streams[piece.device]) for piece in to_gpus]
-        work = (self._threads, [Errand(piece, reading, None) for piece in in_place]), (sends, sent)
-        begun: list[tuple[ThreadReads | LibraryReads, list[Errand]]] = [(reads(), errands) for reads, errands in work if errands]
-        reading.add(len(in_place) + len(to_gpus), sum(piece.size_bytes for piece in (*in_place, *to_gpus)))
+    def _submit(self, work: Sequence[tuple[Callable[[], Reads], Sequence[Piece]]], reading: Reading, *, urgent: bool) -> None:
+        """Have pieces read by somebody; where that can't be, none of them is still to be read."""
+        streams = {piece.device: None for _, cut in work for piece in cut}
+        streams = {device: None if device == CPU else torch.cuda.current_stream(device) for device in streams}
+        begun = [(reads(), [Errand(piece, reading, streams[piece.device]) for piece in cut]) for reads, cut in work if cut]
+        reading.add(sum(len(cut) for _, cut in work), sum(piece.size_bytes for _, cut in work for piece in cut))
         while begun:
             reads, errands = begun.pop()
             try:

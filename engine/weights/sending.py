@@ -126,6 +126,7 @@ class Sender:
                 self._free.put(one.buffer)
         for one in sendings:
             one.done(error)
+        del error  # which knows this frame, and so all that is in it
 
 
 def _queue_copies(stream: "torch.cuda.Stream", sendings: Sequence[Sending]) -> "torch.cuda.Event":

@@ -4,29 +4,36 @@ What they have in common with Python's threads is in test_reading_ahead.py, what
 """
 
 import ctypes
+import dataclasses
 import errno
+import gc
 import io
 import os
 import platform
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from played_streams import PlayedCopies, PlayedStream
 from read_files import PIECE, parts_of_one_file
 from wan_sharded.engine.errors import CheckpointError
-from wan_sharded.engine.weights import library_calls, library_reads
+from wan_sharded.engine.memory_errors import is_out_of_memory
+from wan_sharded.engine.weights import driver_copies, library_calls, library_reads
 from wan_sharded.engine.weights.driver_copies import DriverCopies
 from wan_sharded.engine.weights.errands import Errand, Reading
 from wan_sharded.engine.weights.library_calls import Control, asynchronous_reads
 from wan_sharded.engine.weights.library_reads import LibraryReads
 from wan_sharded.engine.weights.pieces import Piece
+from wan_sharded.engine.weights.reading import TensorReader
+from wan_sharded.engine.weights.thread_reads import ThreadReads
 
 pytestmark = [pytest.mark.usefixtures("small_pieces"), pytest.mark.timeout(60)]
 needs_library = pytest.mark.skipif(asynchronous_reads() is None, reason="no C library that reads in threads of its own")
@@ -45,6 +52,7 @@ class PlayedCalls:
         self.asked: list[int] = []
         self.waits: list[float | None] = []
         self.refuses = False
+        self.ended: set[int] = set()
         self._changed = threading.Condition()
 
     def read(self, address: int) -> int:
@@ -56,7 +64,11 @@ class PlayedCalls:
             self._changed.notify_all()
         return 0
 
+    def error(self, address: int) -> int:
+        return Control.from_address(address).error
+
     def wait(self, addresses: Any, count: int, limit: Any) -> int:
+        assert {address for address in addresses if address} <= set(self.asked) | self.ended and any(addresses)
         seconds = None if limit is None else limit._obj.nanoseconds / 1e9
         with self._changed:
             self.waits.append(seconds)
@@ -74,6 +86,8 @@ class PlayedCalls:
             wanted = control.size_bytes - bytes_missing
             content = os.pread(control.file, wanted, control.offset)
             ctypes.memmove(control.memory, content, len(content))
+            assert control.notification == 1
+            self.ended.add(ctypes.addressof(control))
             control.result, control.error = (-1 if code else len(content)), code
             self._changed.notify_all()
 
@@ -93,7 +107,10 @@ def reads(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
         request.getfixturevalue("calls")
     made = LibraryReads()
     yield made
-    made.close()
+    closing = threading.Thread(target=made.close, daemon=True)
+    closing.start()
+    closing.join(timeout=20)
+    assert not closing.is_alive()
 
 
 class Wanted:
@@ -101,13 +118,15 @@ class Wanted:
 
     Attributes:
         stream: in which they are sent.
+        memory: of the target.
     """
 
     def __init__(self, path: Path, count: int, stream: Any = None, modified_ns: int = 0):
         _, _, self.content = parts_of_one_file(path, -(-count // 4))
         self.content = self.content[: count * PIECE]
         self.path, self.stream, self.reading = path, stream or PlayedStream(), Reading()
-        self.target = torch.zeros(count * PIECE, dtype=torch.uint8)
+        self.memory = np.zeros(count * PIECE, dtype=np.uint8)
+        self.target = torch.from_numpy(self.memory)
         parts = self.target.split(PIECE)
         self.errands = [
             Errand(Piece(path, modified_ns, number * PIECE, PIECE, ((0, part),)), self.reading, self.stream)
@@ -125,9 +144,10 @@ class Wanted:
 
 
 def all_buffers_are_back(reads: LibraryReads) -> bool:
-    reads._thread.submit(lambda: None).result()  # once it is idle
-    while reads._sent:
-        reads._take_back()
+    end = time.monotonic() + 20
+    while reads._at_work and time.monotonic() < end:
+        time.sleep(0.001)
+    assert not any(reads._sent.values())
     made = (library_reads.DEPTH + library_reads.SENT) * library_reads.THREADS - reads._unmade
     return len(reads._free) == len(set(map(id, reads._free))) == made and all(buffer.errand is None for buffer in reads._free)
 
@@ -285,7 +305,7 @@ def test_memory_that_cannot_be_had_is_told(
     def refused(size_bytes: int) -> torch.Tensor:
         raise MemoryError(f"no {size_bytes} bytes")
 
-    one = Wanted(tmp_path / "a", 3)
+    one = Wanted(tmp_path / "a", 30)  # more than there are buffers
     with monkeypatch.context() as patch:
         patch.setattr(library_reads, "host_buffer", refused)
         one.begin(reads)
@@ -313,6 +333,267 @@ def test_when_python_ends_it_says_so(reads: LibraryReads, tmp_path: Path, monkey
     again = Wanted(tmp_path / "a", 3)
     again.begin(reads)
     assert again.arrived()
+
+
+class OneAfterAnother(PlayedCopies):
+    """Fails as told, after some copies are under way.
+
+    Attributes:
+        fails: how often yet.
+        most: of its copies were waited for at a time.
+    """
+
+    fails, under_way, most = 0, 0, 0
+
+    def queue(self, stream: PlayedStream, filled: list[Any]) -> Any:
+        copied = super().queue(stream, filled)
+        if OneAfterAnother.fails:
+            OneAfterAnother.fails -= 1
+            raise RuntimeError("the GPU fell off the bus")
+        OneAfterAnother.under_way += 1
+        OneAfterAnother.most = max(OneAfterAnother.most, OneAfterAnother.under_way)
+        return copied
+
+    def give_back(self, copied: Any) -> None:
+        OneAfterAnother.under_way -= 1
+
+
+@pytest.fixture
+def one_after_another(reads: LibraryReads) -> None:
+    OneAfterAnother.fails = OneAfterAnother.under_way = OneAfterAnother.most = 0
+    reads._copies = OneAfterAnother(None)  # type: ignore[assignment]
+
+
+@needs_library
+@pytest.mark.usefixtures("one_after_another")
+def test_all_is_taken_back(reads: LibraryReads, tmp_path: Path) -> None:
+    """Soon, and in the end."""
+    buffers = (library_reads.DEPTH + library_reads.SENT) * library_reads.THREADS
+    for _ in range(5):
+        one = Wanted(tmp_path / "a", 100)
+        one.begin(reads)
+        assert one.arrived() and all_buffers_are_back(reads)
+    assert OneAfterAnother.under_way == 0 and 1 <= OneAfterAnother.most <= buffers
+
+
+@needs_library
+@pytest.mark.usefixtures("one_after_another")
+def test_copies_that_may_be_under_way_are_waited_for(reads: LibraryReads, tmp_path: Path) -> None:
+    """Before their buffers are filled again. And nothing that was to be filled is kept, whether Python has looked for cycles or not."""
+    one = Wanted(tmp_path / "a", 9)
+    OneAfterAnother.fails = 100
+    waited: list[bool] = []
+    real = one.stream.synchronize
+    one.stream.synchronize = lambda synchronize=real: (waited.append(True), synchronize())  # type: ignore[method-assign]
+    gc.collect()
+    gc.disable()
+    try:
+        one.begin(reads)
+        with pytest.raises(RuntimeError, match="fell off the bus") as caught:
+            one.reading.wait()
+        del caught
+        one.reading.stop()
+        assert waited and all_buffers_are_back(reads)
+        memory = weakref.ref(one.memory)
+        one.stream.queued.clear()
+        one.stream.all_queued.clear()
+        assert memory() is not None
+        del one, real
+        assert memory() is None
+    finally:
+        gc.enable()
+    OneAfterAnother.fails = 0
+    again = Wanted(tmp_path / "a", 9)
+    again.begin(reads)
+    assert again.arrived()
+
+
+@needs_library
+def test_a_gpu_that_is_busy_keeps_no_other_waiting(reads: LibraryReads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        PlayedCopies, "are_over", lambda copies, copied: copied.event.stream is not busy.stream and not copied.event.stream.synchronize()
+    )
+    busy, idle = Wanted(tmp_path / "busy", 2), Wanted(tmp_path / "idle", 60)
+    busy.begin(reads)
+    idle.begin(reads)
+    assert idle.arrived()
+    assert sum(len(buffers) for sent in reads._sent.values() for buffers, _ in sent) >= 2
+    monkeypatch.setattr(PlayedCopies, "are_over", lambda copies, copied: True)
+    assert busy.arrived() and all_buffers_are_back(reads)
+
+
+@needs_library
+def test_what_is_let_go_does_not_wait_for_a_busy_gpu(reads: LibraryReads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PlayedCopies, "are_over", lambda copies, copied: False)
+    one = Wanted(tmp_path / "a", 60)
+    one.begin(reads)
+    buffers = (library_reads.DEPTH + library_reads.SENT) * library_reads.THREADS
+    while sum(len(filled) for sent in list(reads._sent.values()) for filled, _ in list(sent)) < buffers:
+        time.sleep(0.001)
+    one.reading.stop()
+    monkeypatch.setattr(PlayedCopies, "are_over", lambda copies, copied: True)
+    assert one.reading.incomplete and all_buffers_are_back(reads)
+
+
+def test_two_that_end_together_go_to_their_own_gpus(reads: LibraryReads, calls: PlayedCalls, tmp_path: Path) -> None:
+    one, two = Wanted(tmp_path / "one", 1), Wanted(tmp_path / "two", 1)
+    with reads._errands.lock:
+        reads._errands.add([*one.errands, *two.errands], urgent=False)
+    for wanted in (one, two):
+        wanted.reading.add(1, PIECE)
+    reads.begin([], urgent=False)
+    calls.asked_for(2)
+    with calls._changed:  # it may look only after both
+        calls.end()
+        calls.end()
+    assert one.arrived() and two.arrived()
+    assert [len(wanted.stream.all_queued) for wanted in (one, two)] == [1, 1]
+
+
+@needs_library
+def test_a_file_that_took_its_place_is_read(reads: LibraryReads, tmp_path: Path) -> None:
+    """By another reader of the same path, with another time of change."""
+    for value in (1, 2):
+        one = Wanted(tmp_path / "a", 4)
+        new = tmp_path / "new"
+        new.write_bytes(bytes([value]) * 4 * PIECE)
+        os.utime(new, ns=(0, 10**18 + value))
+        new.replace(tmp_path / "a")
+        again = Wanted.__new__(Wanted)
+        again.__dict__.update(one.__dict__)
+        again.content = torch.full((4 * PIECE,), value, dtype=torch.uint8)
+        again.errands = [Errand(dataclasses.replace(e.piece, modified_ns=10**18 + value), e.reading, e.stream) for e in one.errands]
+        again.begin(reads)
+        assert again.arrived()
+
+
+@needs_library
+def test_a_file_that_is_gone_is_named(reads: LibraryReads, tmp_path: Path) -> None:
+    one = Wanted(tmp_path / "gone.safetensors", 2)
+    one.path.unlink()
+    one.begin(reads)
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors could not be read"):
+        one.reading.wait()
+    assert all_buffers_are_back(reads)
+
+
+@needs_library
+def test_memory_that_is_not_locked_is_said_to_be_so(reads: LibraryReads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+    queue = PlayedCopies.queue
+    monkeypatch.setattr(
+        PlayedCopies,
+        "queue",
+        lambda copies, stream, filled: (found.extend(one.is_locked for one in filled), queue(copies, stream, filled))[1],
+    )
+    for locked in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor, locked=locked: locked)
+        fresh = LibraryReads()
+        one = Wanted(tmp_path / "a", 4)
+        one.begin(fresh)
+        assert one.arrived() and set(found) == {locked}
+        found.clear()
+        fresh.close()
+
+
+@needs_library
+@pytest.mark.parametrize("where", ["_take_back", "_begin_reads", "_end_reads"])
+def test_whatever_goes_wrong_nobody_waits_for_ever(
+    reads: LibraryReads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise ZeroDivisionError("nobody thought of it")
+
+    one = Wanted(tmp_path / "a", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(reads, where, broken)
+        one.begin(reads)
+        with pytest.raises(ZeroDivisionError, match="nobody thought of it"):
+            one.reading.wait()
+        assert one.reading.is_over or one.reading.ended() is False
+    again = Wanted(tmp_path / "a", 20)
+    again.begin(reads)
+    assert again.arrived()
+
+
+# ---- which way the reader takes
+
+
+@needs_library
+@pytest.mark.parametrize("by_library", [True, False])
+def test_who_reads_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_library: bool) -> None:
+    """For the CPU, threads of Python's; for GPUs, the library where there is one. Each in pieces of its own size, and neither is left out."""
+    monkeypatch.setattr(library_reads, "available", lambda: by_library)
+    monkeypatch.setattr(library_reads, "DriverCopies", PlayedCopies)
+    monkeypatch.setattr(library_reads, "PIECE_BYTES", PIECE // 2)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "a stream")
+    begun: dict[str, list[Errand]] = {}
+    for kind in (LibraryReads, ThreadReads):
+
+        def begin(reads: Any, wanted: list[Errand], *, urgent: bool) -> None:
+            begun[type(reads).__name__] = [*begun.get(type(reads).__name__, []), *wanted]
+            for errand in wanted:
+                errand.reading.done()
+
+        monkeypatch.setattr(kind, "begin", begin)
+    stored, targets, _ = parts_of_one_file(tmp_path / "a", 2)
+
+    class OnGpu:
+        """As a tensor there would be."""
+
+        device = torch.device("cuda", 0)
+
+        def split(self, sizes: list[int]) -> list["OnGpu"]:
+            return [OnGpu() for _ in sizes]
+
+        def numel(self) -> int:
+            return PIECE // 2
+
+    there: Any = OnGpu()
+    reader = TensorReader()
+    reader.read_into([(stored[0], targets[0]), (stored[1], there)])
+    to_gpu = [errand for errands in begun.values() for errand in errands if errand.stream is not None]
+    in_place = [errand for errands in begun.values() for errand in errands if errand.stream is None]
+    assert len(in_place) == 4 and len(to_gpu) == (8 if by_library else 4)
+    assert {one.piece.device for one in to_gpu} == {OnGpu.device}
+    assert {name: len(errands) for name, errands in begun.items()} == (
+        {"ThreadReads": 4, "LibraryReads": 8} if by_library else {"ThreadReads": 8}
+    )
+    # One piece for the CPU beside one for a GPU: neither is read at once instead of both.
+    begun.clear()
+    small = dataclasses.replace(stored[0], shape=(PIECE // 2,), size_bytes=PIECE // 2)
+    reader.read_into([(small, targets[0][: PIECE // 2]), (small, there)])
+    assert sum(map(len, begun.values())) == 2
+    reader.close()
+
+
+@needs_library
+@pytest.mark.parametrize("refused", [LibraryReads, ThreadReads])
+def test_where_one_way_refuses_nobody_waits_for_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: type) -> None:
+    monkeypatch.setattr(library_reads, "available", lambda: True)
+    monkeypatch.setattr(library_reads, "DriverCopies", PlayedCopies)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: PlayedStream())
+
+    def begin(reads: Any, wanted: list[Errand], *, urgent: bool) -> None:
+        for errand in wanted:
+            errand.reading.done(left_out=True)
+        raise RuntimeError("can't start new thread")
+
+    def taken(reads: Any, wanted: list[Errand], *, urgent: bool) -> None:
+        for errand in wanted:
+            errand.reading.done()
+
+    monkeypatch.setattr(LibraryReads, "begin", taken)
+    monkeypatch.setattr(ThreadReads, "begin", taken)
+    monkeypatch.setattr(refused, "begin", begin)
+    stored, targets, _ = parts_of_one_file(tmp_path / "a", 1)
+    there: Any = type(
+        "OnGpu", (), {"device": torch.device("cuda", 0), "split": lambda self, sizes: [self] * len(sizes), "numel": lambda self: PIECE}
+    )()
+    reader = TensorReader()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        reader.read_into([(stored[0], targets[0]), (stored[0], there)])
+    reader.close()
 
 
 # ---- whether the libraries are there
@@ -367,6 +648,47 @@ def test_the_control_block_is_as_large_as_the_library_has_it() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_both_are_needed(monkeypatch: pytest.MonkeyPatch, library: bool, gpu: bool) -> None:
+    monkeypatch.setattr(library_reads, "asynchronous_reads", lambda: object() if library else None)
+    monkeypatch.setattr(library_reads, "cuda_driver", lambda: object() if gpu else None)
+    assert library_reads.available() == (library and gpu)
+
+
+@pytest.mark.parametrize("what", ["all is there", "no library", "a call is missing", "another make of GPU"])
+def test_the_driver_of_cuda(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    calls = ("cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventQuery", "cuCtxSetCurrent", "cuCtxGetCurrent", "cuGetErrorString")
+
+    def library(name: str) -> Any:
+        if what == "no library":
+            raise OSError(name)
+        missing = 1 if what == "a call is missing" else 0
+        return type("Library", (), {call: type("Call", (), {})() for call in calls[missing:]})()
+
+    monkeypatch.setattr(ctypes, "PyDLL", library)
+    monkeypatch.setattr(torch.version, "cuda", None if what == "another make of GPU" else "13.0")
+    library_calls.cuda_driver.cache_clear()
+    try:
+        found = library_calls.cuda_driver()
+        assert (found is not None) == (what == "all is there")
+        if found is not None:
+            pointer = ctypes.c_void_p
+            assert found.cuMemcpyHtoDAsync_v2.argtypes == [pointer, pointer, ctypes.c_size_t, pointer]
+            assert found.cuEventQuery.argtypes == [pointer] and found.cuEventRecord.argtypes == [pointer, pointer]
+    finally:
+        library_calls.cuda_driver.cache_clear()
+
+
+@needs_library
+def test_others_go_on_while_it_waits() -> None:
+    """Python's lock is kept only where there is nothing to wait for."""
+    calls = asynchronous_reads()
+    assert calls is not None
+    assert isinstance(calls.wait, ctypes.CDLL(None)._FuncPtr.__mro__[1]) and not calls.wait._flags_ & 4  # FUNCFLAG_PYTHONAPI
+    assert calls.read._flags_ & 4 and calls.read.argtypes == [ctypes.c_void_p]
+
+
 # ---- copies
 
 
@@ -402,6 +724,10 @@ class PlayedDriver:
     def cuEventQuery(self, event: int) -> int:
         return self.answers.get(f"query {event}", 0)
 
+    def cuGetErrorString(self, error: int, place: Any) -> int:
+        place._obj.value = b"out of memory" if error == 2 else b"an illegal address"
+        return 0
+
 
 class Stream:
     cuda_stream = 0  # as the one that everything is queued in at first
@@ -420,16 +746,26 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> PlayedDriver:
             self.cuda_event = next(numbers)
 
         def record(self, stream: Stream) -> None:
+            if where["stream"] is not None:
+                mode = "in inference mode" if torch.is_inference_mode_enabled() else "not in inference mode"
+                played.did.append(("record by torch", self.cuda_event, mode, where["stream"]))
+            assert where["device"] == stream.device or where["stream"] is stream
             played.context = 100 + stream.device.index
+
+    where: dict[str, Any] = {"device": None, "stream": None}
 
     @contextmanager
     def current(device: torch.device) -> Iterator[None]:
+        where["device"] = device
         yield
+        where["device"] = None
         played.context = 100  # torch goes back to the first GPU
 
     @contextmanager
     def in_stream(stream: Stream) -> Iterator[None]:
+        where["stream"] = stream
         yield
+        where["stream"] = None
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", current)
@@ -466,7 +802,7 @@ def test_what_is_waited_for_no_more_is_used_again(driver: PlayedDriver) -> None:
     first, second = (copies.queue(stream, [Memory()]) for stream in (Stream(0), Stream(0)))  # type: ignore[arg-type]
     assert first.number != second.number
     driver.answers[f"query {first.number}"] = 600  # not ready
-    assert not copies.have_arrived(first) and copies.have_arrived(second)
+    assert not copies.are_over(first) and copies.are_over(second)
     copies.give_back(second)
     other, again = (copies.queue(stream, [Memory()]) for stream in (Stream(1), Stream(0)))  # type: ignore[arg-type]
     assert other.number not in (first.number, second.number) and again is second
@@ -476,15 +812,39 @@ def test_what_is_waited_for_no_more_is_used_again(driver: PlayedDriver) -> None:
 def test_a_refusal_is_told(driver: PlayedDriver, which: str) -> None:
     driver.answers[which] = 700
     stream: Any = Stream(0)
-    with pytest.raises(RuntimeError, match="CUDA error 700"):
+    with pytest.raises(RuntimeError, match=r"CUDA error: an illegal address \(number 700"):
         DriverCopies(driver).queue(stream, [Memory()])
+
+
+def test_out_of_memory_is_known_as_such(driver: PlayedDriver) -> None:
+    driver.answers["copy"] = 2
+    stream: Any = Stream(0)
+    with pytest.raises(RuntimeError) as caught:
+        DriverCopies(driver).queue(stream, [Memory()])
+    assert is_out_of_memory(caught.value)
+
+
+def test_a_gpu_that_failed_is_not_waited_for(driver: PlayedDriver) -> None:
+    copies, stream = DriverCopies(driver), Stream(0)
+    copied = copies.queue(stream, [Memory()])  # type: ignore[arg-type]
+    driver.answers[f"query {copied.number}"] = 700
+    assert copies.are_over(copied)
+
+
+def test_many_small_parts_are_copied_by_torch(driver: PlayedDriver) -> None:
+    memory, stream = Memory(), Stream(0)
+    targets = [torch.zeros(1, dtype=torch.uint8) for _ in range(driver_copies.MOST_TARGETS + 1)]
+    memory.piece = Piece(Path("file"), 0, 0, 50, tuple(enumerate(targets)))
+    copied = DriverCopies(driver).queue(stream, [memory])  # type: ignore[arg-type]
+    assert driver.did == [("record by torch", copied.number, "in inference mode", stream)]
+    assert [int(target) for target in targets] == list(range(len(targets)))
 
 
 def test_memory_that_is_not_locked_is_copied_by_torch(driver: PlayedDriver) -> None:
     """Which does not keep others waiting meanwhile."""
     memories = [Memory(), Memory(is_locked=False)]
     stream: Any = Stream(0)
-    DriverCopies(driver).queue(stream, memories)
-    assert driver.did == []
+    copied = DriverCopies(driver).queue(stream, memories)
+    assert driver.did == [("record by torch", copied.number, "in inference mode", stream)]
     for memory in memories:
         assert [target.tolist() for target in memory.targets] == [list(range(20)), list(range(43, 50))]
