@@ -8,6 +8,7 @@ import ctypes
 import errno
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -218,8 +219,8 @@ class LibraryReads:
                     if buffer.errand is not None:
                         buffer.errand.reading.done(error)
                     self._give_back([buffer])
-                else:
-                    self._wait_for_reads(None)
+                else:  # without asking anything that may be what went wrong
+                    time.sleep(LOOK_AT_COPIES_S)
         with self._errands.lock:
             self._at_work = False
             while (errand := self._errands.take()) is not None:

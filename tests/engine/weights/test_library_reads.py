@@ -68,9 +68,9 @@ class PlayedCalls:
         return Control.from_address(address).error
 
     def wait(self, addresses: Any, count: int, limit: Any) -> int:
-        assert {address for address in addresses if address} <= set(self.asked) | self.ended and any(addresses)
         seconds = None if limit is None else limit._obj.nanoseconds / 1e9
         with self._changed:
+            assert {address for address in addresses if address} <= set(self.asked) | self.ended and any(addresses)
             self.waits.append(seconds)
             self._changed.wait(seconds or 0.05)
         return 0
