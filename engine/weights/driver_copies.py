@@ -90,7 +90,13 @@ class DriverCopies:
 
     def are_over(self, copied: Copied) -> bool:
         """Whether they have arrived, or never will: the GPU failed, which whoever uses it next is told too."""
-        return self._driver.cuEventQuery(copied.number) != NOT_READY
+        answer = self._driver.cuEventQuery(copied.number)
+        if answer in (0, NOT_READY):
+            return answer == 0
+        try:
+            return copied.event.query()  # a buffer that is filled too soon would be another tensor's: torch has the last word
+        except RuntimeError:
+            return True
 
     def give_back(self, copied: Copied) -> None:
         """It is waited for no more."""

@@ -86,9 +86,9 @@ class TensorReader:
     def begin(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]], *, urgent: bool = False) -> Reading:
         """As :meth:`read_into`, but what is wanted may still be on its way when this returns.
 
-        It is read in the order of these calls (what goes to GPUs, and what to the CPU), what is urgent before all that has not begun. No more than ``AHEAD_BYTES`` of it all is still
-        on its way then, but for what is begun here. All memory must stay until it was waited for, with :meth:`Reading.wait` or :meth:`finish`, or let go with
-        :meth:`stop`, which whoever meets an error must call.
+        It is read in the order of these calls (what goes to GPUs, and what to the CPU), what is urgent before all that has not begun. No more
+        than ``AHEAD_BYTES`` of it all is still on its way then, but for what is begun here. All memory must stay until it was waited for, with
+        :meth:`Reading.wait` or :meth:`finish`, or let go with :meth:`stop`, which whoever meets an error must call.
         """
         for stored, target in wanted:
             if target.device.type not in ("cpu", "cuda"):

@@ -824,11 +824,20 @@ def test_out_of_memory_is_known_as_such(driver: PlayedDriver) -> None:
     assert is_out_of_memory(caught.value)
 
 
-def test_a_gpu_that_failed_is_not_waited_for(driver: PlayedDriver) -> None:
+@pytest.mark.parametrize("torch_says", ["arrived", "under way", "failed"])
+def test_what_the_driver_cannot_tell_torch_is_asked(driver: PlayedDriver, torch_says: str) -> None:
+    """A GPU that failed is not waited for; but a buffer whose copies may be under way must not be filled."""
     copies, stream = DriverCopies(driver), Stream(0)
     copied = copies.queue(stream, [Memory()])  # type: ignore[arg-type]
-    driver.answers[f"query {copied.number}"] = 700
-    assert copies.are_over(copied)
+
+    def query() -> bool:
+        if torch_says == "failed":
+            raise RuntimeError("the GPU fell off the bus")
+        return torch_says == "arrived"
+
+    copied.event.query = query  # type: ignore[method-assign]
+    driver.answers[f"query {copied.number}"] = 201
+    assert copies.are_over(copied) == (torch_says != "under way")
 
 
 def test_many_small_parts_are_copied_by_torch(driver: PlayedDriver) -> None:
