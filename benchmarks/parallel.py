@@ -4,13 +4,15 @@
 
 Compares diffusers on one GPU, ``device_map="balanced"``, diffusers' Ulysses attention with FSDP (a process per GPU, NCCL), and this
 pack with 1 .. N GPUs, every weight stored once; on one GPU also with all blocks in system memory, and, where there is but one, as two
-workers of it, which shows that the parts work together and not how fast. Outputs are compared with diffusers' bf16 at the same size, and, at a small size
+workers of it, which shows that the parts work together and not how fast. Where FlashAttention 3 is installed (pip install fa3-fwd), this
+pack chooses it; then rows show diffusers with it too, and this pack without. Outputs are compared with diffusers' bf16 at the same size, and, at a small size
 and ten layers, with diffusers in float32. Fails where they don't agree.
 """
 
 import argparse
 import gc
 import os
+import queue
 import sys
 import time
 import traceback
@@ -24,6 +26,10 @@ pack.__path__ = [str(ROOT)]
 sys.modules["wan_sharded"] = pack
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from flash_3 import DIFFUSERS_BACKEND, attention_by, flash_3_here, offer_to_diffusers  # noqa: E402
+
+offer_to_diffusers()
+
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
@@ -33,6 +39,7 @@ from wan_sharded.engine.parallel.crew import Crew, Share  # noqa: E402
 from wan_sharded.engine.parallel.forward import ParallelForward  # noqa: E402
 from wan_sharded.engine.parallel.functions import BlockFunctions, can_compile  # noqa: E402
 from wan_sharded.engine.parallel.workers import Worker, new_stream  # noqa: E402
+from wan_sharded.engine.transformer.self_attention import choices  # noqa: E402
 from wan_sharded.engine.weights.precision import Precision  # noqa: E402
 
 GIB = 1024**3
@@ -107,10 +114,12 @@ class PeakBytes:
         self.gib = [torch.cuda.max_memory_allocated(device) / GIB for device in range(torch.cuda.device_count())]
 
 
-def diffusers_row(case: str, inputs: list[dict], layers: int, repeats: int, balanced: bool) -> tuple[Row, list[torch.Tensor]]:
-    """diffusers eager on one GPU, or with its blocks shared out evenly over all GPUs by accelerate."""
+def diffusers_row(
+    case: str, inputs: list[dict], layers: int, repeats: int, *, balanced: bool = False, flash: bool = False
+) -> tuple[Row, list[torch.Tensor]]:
+    """diffusers eager on one GPU, or with its blocks shared out evenly over all GPUs by accelerate; with FlashAttention 3 if told so."""
     gpus = torch.cuda.device_count() if balanced else 1
-    row = Row(case, "device_map" if balanced else "diffusers", gpus, "bf16")
+    row = Row(case, ("device_map" if balanced else "diffusers") + ", FlashAttention 3" * flash, gpus, "bf16")
     if balanced:
         from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
         from diffusers import WanTransformer3DModel
@@ -130,6 +139,8 @@ def diffusers_row(case: str, inputs: list[dict], layers: int, repeats: int, bala
         model = dispatch_model(diffusers_model(where, num_layers=layers), device_map)
     else:
         model = diffusers_model("cuda:0", num_layers=layers)
+    if flash:
+        model.set_attention_backend(DIFFUSERS_BACKEND)
     with PeakBytes() as peak:
         row.seconds, _, outputs = timed_forward(model, inputs, repeats)
     row.peak_gib = peak.gib[:gpus]
@@ -182,8 +193,9 @@ def sharded_row(
         row.rel_err = relative(outputs, reference)
         shares = "/".join(str(t.tokens) for t in forward.timings)
         busy = "/".join(f"{t.seconds * 1e3:.1f}" for t in forward.timings)
+        flash = "; attention by FlashAttention 3" * any(choice.flash for choice in choices(worker.device for worker in workers).values())
         chosen = "" if multiply_few_bits is not None else f"few bits multiplied: {crew.shares[0].multiplies_few_bits(expert.name)}; "
-        row.note = f"{chosen}{'compiled' if functions.compiled else 'eager'}; first {first:.1f} s; queued in {queued:.2f} s; tokens {shares}, busy {busy} ms a block"
+        row.note = f"{chosen}{'compiled' if functions.compiled else 'eager'}; first {first:.1f} s; queued in {queued:.2f} s; tokens {shares}, busy {busy} ms a block{flash}"
         if functions.failure:
             row.note += f"; compiling failed: {functions.failure[:150]}"
     except Exception as error:
@@ -230,7 +242,20 @@ def ulysses_process(rank: int, world: int, sizes: list[tuple[int, int, int]], la
     dist.destroy_process_group()
 
 
-def ulysses_rows(sizes: list[tuple[int, int, int]], layers: int, repeats: int, references: dict, fsdp: bool) -> list[Row]:
+def result_of(running: mp.ProcessContext, results, seconds: float = 240) -> tuple:
+    """The next result of these processes; raises what one of them raised."""
+    ends = time.perf_counter() + seconds
+    while True:
+        try:
+            return results.get(timeout=1)
+        except queue.Empty:
+            running.join(timeout=0)
+            if time.perf_counter() > ends:
+                raise
+
+
+def ulysses_rows(sizes: list[tuple[int, int, int]], layers: int, repeats: int, references: dict, *, fsdp: bool) -> list[Row]:
+    """By torch's attention: diffusers can't shard FlashAttention 3 that is installed."""
     world = torch.cuda.device_count()
     context = mp.get_context("spawn")
     results = context.Queue()
@@ -239,7 +264,7 @@ def ulysses_rows(sizes: list[tuple[int, int, int]], layers: int, repeats: int, r
     try:
         running = mp.spawn(ulysses_process, (world, sizes, layers, repeats, fsdp, results), nprocs=world, join=False)
         for _ in sizes:
-            size, seconds, peaks, outputs = results.get(timeout=240)
+            size, seconds, peaks, outputs = result_of(running, results)
             row = Row("x".join(map(str, size)), what, world, "bf16", seconds, peaks)
             row.rel_err = relative(outputs, references.get(size))
             rows.append(row)
@@ -302,7 +327,8 @@ def main() -> None:
     rows: list[Row] = []
     small = [] if a.no_precision else precision_rows()
     references: dict = {}
-    print(f"can compile: {can_compile()}", flush=True)
+    flash = flash_3_here()
+    print(f"can compile: {can_compile()}; FlashAttention 3: {flash}", flush=True)
     left_out = [name for name in a.without.split(",") if name]
 
     def wanted(what: str) -> bool:
@@ -312,7 +338,13 @@ def main() -> None:
         case = "x".join(map(str, size))
         inputs = [random_inputs(*size, "cuda:0", torch.bfloat16, seed) for seed in range(2)]
         if wanted("diffusers"):
-            row, references[size] = diffusers_row(case, inputs, a.layers, a.repeats, balanced=False)
+            row, references[size] = diffusers_row(case, inputs, a.layers, a.repeats)
+            rows.append(row)
+            print(row, flush=True)
+            clean()
+        if flash and wanted("diffusers, FlashAttention 3"):
+            row, outputs = diffusers_row(case, inputs, a.layers, a.repeats, flash=True)
+            row.rel_err = relative(outputs, references.get(size))
             rows.append(row)
             print(row, flush=True)
             clean()
@@ -325,6 +357,8 @@ def main() -> None:
         for count in sorted({1, 2, gpus} & set(range(1, gpus + 1))):
             what = f"wan-sharded, {count} GPU{'s' if count > 1 else ''}"
             cases.append(([Worker(i, devices[i]) for i in range(count)], {"what": what}))
+            if flash and (count == 1 or size == sizes[0]):
+                cases.append(([Worker(i, devices[i]) for i in range(count)], {"what": f"{what}, torch's attention"}))
         if gpus > 1:
             for options in ({"what": "wan-sharded, copies staged", "staged": True}, {"what": "wan-sharded, eager", "compiled": False}):
                 cases.append(([Worker(i, devices[i]) for i in range(2)], options))
@@ -338,10 +372,11 @@ def main() -> None:
             cases += [([Worker(i, devices[0], new_stream(devices[0])) for i in range(2)], options) for options in shared_by_two]
         for workers, options in cases:
             if wanted(options["what"]):
-                rows.append(sharded_row(case, inputs, a.layers, a.repeats, workers, reference=references.get(size), **options))
+                with attention_by(torch_alone=options["what"].endswith("torch's attention")):
+                    rows.append(sharded_row(case, inputs, a.layers, a.repeats, workers, reference=references.get(size), **options))
     for fsdp in (True, False) if gpus > 1 else ():
         if wanted("ulysses_fsdp" if fsdp else "ulysses"):
-            rows += ulysses_rows(sizes, a.layers, a.repeats, references, fsdp)
+            rows += ulysses_rows(sizes, a.layers, a.repeats, references, fsdp=fsdp)
     record(a.name, "One forward: seconds, peak of tensors on each GPU, error against diffusers' bf16", small + rows, append=bool(a.name))
     found = disagreements(rows, AGREES_WITH_BF16)
     if small:

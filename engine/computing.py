@@ -15,6 +15,7 @@ from .parallel.workers import Worker
 from .planning.footprint import affordable_range_tokens, wider_ranges_bytes
 from .planning.placement import Placement
 from .plans import Plan
+from .transformer.self_attention import choices
 from .weights.expert import Expert
 from .weights.precision import Precision
 
@@ -108,6 +109,15 @@ class Computing:
             if shares
             else []
         )
+
+    def attention_notes(self, plan: Plan) -> list[str]:
+        """Which GPUs computed attention otherwise than torch does, and which could not, in sentences."""
+        made = choices(torch.device(budget.device.torch_device) for budget in plan.budgets)
+        by = [(budget.device.label, made.get(torch.device(budget.device.torch_device))) for budget in plan.budgets]
+        flash = " and ".join(label for label, choice in by if choice and choice.flash)
+        notes = [f"{flash} computed attention by FlashAttention 3: measured to be faster than torch's own."] if flash else []
+        refused = [(label, choice.refused) for label, choice in by if choice and choice.refused]
+        return notes + [f"FlashAttention 3 is installed and was not used on {label}: {why}." for label, why in refused]
 
     def settle(self) -> None:
         """Wait until no device works any more."""

@@ -250,10 +250,11 @@ class LoadedModel:
 
     def notes(self) -> list[str]:
         """How the run computed where that is not as one would think, and what made it slower than this machine allows, in sentences."""
-        notes = self.computing.few_bits_notes(self.planned())
+        plan = self.planned()
+        notes = self.computing.few_bits_notes(plan) + self.computing.attention_notes(plan)
         functions = self.computing.functions
         if functions.failure and functions.compiled:
-            without = [b.device.label for b in self.planned().budgets if torch.device(b.device.torch_device) in functions.without]
+            without = [b.device.label for b in plan.budgets if torch.device(b.device.torch_device) in functions.without]
             notes.append(f"The blocks could not be compiled for {' and '.join(without)}, which costs some speed there: {functions.failure}")
         elif functions.failure:
             notes.append(f"The blocks could not be compiled, which costs some speed: {functions.failure}")

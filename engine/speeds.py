@@ -64,10 +64,10 @@ def _speeds(device: torch.device) -> tuple[float, float]:
     with torch.inference_mode():
         a = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
         b = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
-        multiplying = _best_seconds(device, lambda: torch.mm(a, b))
+        multiplying = best_seconds(device, lambda: torch.mm(a, b))
         memory = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
         there = torch.empty_like(memory, device=device)
-        copying = _best_seconds(device, lambda: there.copy_(memory, non_blocking=True))
+        copying = best_seconds(device, lambda: there.copy_(memory, non_blocking=True))
     return 2 * MATRIX**3 / multiplying / 1e12, COPIED_BYTES / copying
 
 
@@ -76,10 +76,10 @@ def _copy(source: torch.device, target: torch.device) -> float:
     with torch.inference_mode():
         here, there = (torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device) for device in (source, target))
         # torch copies in the source's stream.
-        return COPIED_BYTES / _best_seconds(source, lambda: there.copy_(here, non_blocking=True))
+        return COPIED_BYTES / best_seconds(source, lambda: there.copy_(here, non_blocking=True))
 
 
-def _best_seconds(device: torch.device, action: Callable[[], object]) -> float:
+def best_seconds(device: torch.device, action: Callable[[], object]) -> float:
     """The shortest of a few runs, by the device's own clock, after a warm-up."""
     seconds = []
     with torch.cuda.device(device):

@@ -11,7 +11,7 @@ import torch
 
 from .. import probe
 from ..transformer.lean_block import modulation_of
-from ..transformer.wan_block import attend
+from ..transformer.self_attention import self_attention
 from .crew import Crew, Exchange
 from .functions import BlockFunctions
 from .state import State, placed
@@ -153,6 +153,8 @@ class BlockLoop:
     def _attend(self, state: State, *, timed: bool) -> torch.Tensor:
         """Attention of a worker's queries over all keys: [B, l, N, head width]."""
         assert state.exchange is not None and state.query is not None
+        query = state.query
+        attention = self_attention(query.device, query.dtype, query.shape[-1])
         parts, first = [], 0
         for number, (keys, values) in enumerate(zip(state.exchange.keys, state.exchange.values, strict=True)):
             if state.arrived:
@@ -162,10 +164,10 @@ class BlockLoop:
             if timed and (state.arrived or number == 0):
                 state.lap()
             last = first + keys.shape[2]
-            parts.append(attend(state.query[:, :, first:last], keys, values))
+            parts.append(attention(query[:, :, first:last], keys, values))
             first = last
         state.attended = state.worker.mark()
-        state.query = None
+        state.query = query = None
         if not state.arrived:
             state.exchange = None  # alone, keys and values are this block's only
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

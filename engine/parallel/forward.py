@@ -15,6 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from .. import probe
 from ..planning.shares import SMALL_GAIN, better_speeds
+from ..transformer.self_attention import self_attention
 from ..weights.expert import Expert
 from .blocks import BlockLoop
 from .crew import Crew, Share
@@ -145,6 +146,7 @@ class ParallelForward:
         main = self._crew.main
         self._learn_from_last()
         given = [None if tensor is None else tensor.to(main.device) for tensor in (latents, timestep, text, image)]
+        self._find_attention()
         if not any(share.worker.is_timed for share in self._crew.shares):
             self._calibrate(given)
         else:
@@ -159,6 +161,13 @@ class ParallelForward:
         for state in states:
             state.forget_tensors()
         return out
+
+    def _find_attention(self) -> None:
+        """Before blocks are timed, and while a forward's memory is free yet."""
+        config: Any = self._expert.model.config
+        for worker in self._crew.workers:
+            with worker.computing():
+                self_attention(worker.device, self._expert.precision.dtype, config.attention_head_dim)
 
     # ---- sharing out
 

@@ -14,7 +14,8 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformer3DModel, WanTransformerBlock
 
 from ..planning.footprint import range_tokens
-from .wan_block import BlockMath, attend, rotary_tables
+from .self_attention import self_attention
+from .wan_block import BlockMath, rotary_tables
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -62,6 +63,7 @@ def lean_forward(
     weights = {**dict(block.named_parameters()), **getattr(block, "weight_kinds", {})}
     batch, length, _ = hidden_states.shape
     cos, sin = rotary_tables(*rotary_emb)
+    attention = self_attention(hidden_states.device, hidden_states.dtype, cos.shape[-1])
     shape = (batch, length, math.heads, cos.shape[-1])
     query, keys_and_values = hidden_states.new_empty(shape), hidden_states.new_empty(batch, length, 2, *shape[2:])
     for tokens in token_ranges(length):
@@ -69,7 +71,7 @@ def lean_forward(
         modulated = math.keys_into(*arguments, (keys_and_values[:, tokens],))
         query[:, tokens] = math.query(weights, modulated, cos[:, tokens], sin[:, tokens])
         del modulated
-    attended = attend(query, *keys_and_values.unbind(2))
+    attended = attention(query, *keys_and_values.unbind(2))
     del query, keys_and_values
     keys = math.text_keys(weights, encoder_hidden_states)
     output = torch.empty_like(hidden_states)

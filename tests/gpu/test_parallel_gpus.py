@@ -122,6 +122,31 @@ def test_fifty_forwards_with_fresh_inputs_delays_and_poison(make_checkpoint, sta
             poison(crew)
 
 
+@pytest.mark.parametrize("staged", [False, True])
+def test_half_precision_with_fresh_inputs_delays_and_poison(make_checkpoint, staged):
+    """Attention by what runs use, FlashAttention 3 where it is installed; each input's bits the same at its second turn."""
+    random.seed(7)
+    one = placed(expert(make_checkpoint(num_blocks=4, num_heads=4, head_dim=128), BF16), [device_of(0), CPU, device_of(1)])
+    alone = ParallelForward(one, Crew([Share(Worker(0, device_of(0)), 1.0)], Worker(0, device_of(0))), BlockFunctions(one.math))
+    alone._crew.main = alone._crew.workers[0]
+    team = workers(2, DelayedWorker)
+    for worker in team:
+        worker.is_timed = True
+    crew = DelayedCrew([Share(w, 1.0 + i, range_tokens=100) for i, w in enumerate(team)], team[0], staged=staged)
+    together = ParallelForward(one, crew, BlockFunctions(one.math))
+    together._learn = lambda states: None  # shares as planned
+    before: dict[int, torch.Tensor] = {}
+    with torch.inference_mode():
+        for seed in [*range(15), *range(15)]:
+            given = inputs(seed, frames=9, dtype=BF16)
+            expected = alone(**given, return_dict=False)[0]
+            torch.cuda.synchronize()
+            got = together(**given, return_dict=False)[0]
+            assert relative(got, expected) < 2e-2, seed
+            assert torch.equal(got, before.setdefault(seed, got)), seed
+            poison(crew)
+
+
 @pytest.mark.parametrize("target", [0, 1])
 def test_a_staged_link_with_copies_of_any_size_at_once(target):
     """Chunks through the ring, which a larger copy makes anew, nothing waited for in between."""

@@ -11,11 +11,14 @@ import torch
 from crews import CPU, cpu_workers, crew_of, expert_of, inputs, on_cpu, poison, relative, saved_model
 from diffusers import WanTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from wan_sharded.engine.parallel import blocks as blocks_module
+from wan_sharded.engine.parallel import forward as forward_module
 from wan_sharded.engine.parallel.crew import Crew
 from wan_sharded.engine.parallel.forward import CALIBRATION_BLOCKS, ParallelForward
 from wan_sharded.engine.parallel.functions import BlockFunctions
 from wan_sharded.engine.parallel.workers import Worker
 from wan_sharded.engine.planning.shares import share_tokens
+from wan_sharded.engine.transformer.wan_block import attend
 from wan_sharded.engine.weights.expert import Expert
 
 # Speeds of the workers, and how many tokens they work on at a time (0 = all of theirs).
@@ -157,6 +160,35 @@ def test_keys_and_values_may_travel_before_the_last_queries_are_made(kind: Calla
     other = ["keys", "query"] * ranges
     first = order.index("keys")
     assert order[first : first + len(own) + len(other)] == own + other
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_self_attention_is_what_was_chosen_for_the_device(kind: Callable[[str], Kind], monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Found out before any block is timed, then used for every group of heads."""
+    _, expert, given = kind("14b")
+    told: list[str] = []
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        told.append(f"{query.shape[2]} heads")
+        return attend(query, key, value)
+
+    def chosen(device: torch.device, dtype: torch.dtype, head_width: int) -> object:
+        assert (device, dtype, head_width) == (CPU, torch.float32, 16)
+        told.append("found out")
+        return attention
+
+    for module in (blocks_module, forward_module):
+        monkeypatch.setattr(module, "self_attention", chosen)
+    crew = crew_of(cpu_workers(count), timed=False)
+    forward = forward_of(expert, crew)
+    monkeypatch.setattr(forward, "_calibrate", lambda given: told.append("calibrates"))
+    expected = forward_of(expert, crew_of(cpu_workers(1)))(**inputs(**given), return_dict=False)[0]
+    told.clear()
+    assert relative(forward(**inputs(**given), return_dict=False)[0], expected) < 1e-5
+    assert told[: count + 1] == ["found out"] * count + ["calibrates"]
+    groups = crew._exchange_key[2] if count > 1 else [5]
+    attended = [words for words in told if words.endswith("heads")]
+    assert attended == [f"{heads} heads" for heads in groups] * (count * len(expert.model.blocks))
 
 
 # ---- stopping in the middle

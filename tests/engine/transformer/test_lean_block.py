@@ -8,6 +8,7 @@ from diffusers import WanTransformer3DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from wan_sharded.engine.planning.footprint import RUN_OVERHEAD_BYTES, VideoShape, transformer_activation_bytes
 from wan_sharded.engine.transformer import lean_block
+from wan_sharded.engine.transformer.wan_block import attend
 
 SMALL = {"num_attention_heads": 3, "attention_head_dim": 16, "text_dim": 32, "freq_dim": 32, "ffn_dim": 96, "num_layers": 2}
 
@@ -151,3 +152,20 @@ def test_half_the_memory_of_diffusers(monkeypatch):
     ours = block_peak_tensors(monkeypatch, lean=True)
     assert 9.5 < theirs < 11.5  # 10.4 measured on an H200: the count is a real one
     assert ours < 0.65 * theirs
+
+
+def test_self_attention_is_what_was_chosen_for_the_device(monkeypatch):
+    asked = []
+
+    def chosen(device, dtype, head_width):
+        asked.append((device, dtype, head_width))
+        return lambda query, key, value: attend(query, key, 2 * value)
+
+    monkeypatch.setattr(lean_block, "self_attention", chosen)
+    model = small_model()
+    with torch.no_grad():
+        expected = model(**inputs(), return_dict=False)[0]
+        lean_block.use_lean_blocks(model)
+        got = model(**inputs(), return_dict=False)[0]
+    assert asked == [(torch.device("cpu"), torch.float32, 16)] * 2
+    assert float((got - expected).norm() / expected.norm()) > 1e-3

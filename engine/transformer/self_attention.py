@@ -1,0 +1,192 @@
+"""Which function computes self-attention: torch's, or FlashAttention 3 where that is installed, right and faster.
+
+FlashAttention 3 is made for Hopper GPUs (H100, H200), where it takes a sixth less than what torch chooses, as exactly
+(benchmarks/parallel.py). It is no requirement: people install it who have such a GPU. Nowhere else is it asked: where it has no kernels for a
+GPU it ends the process.
+"""
+
+import importlib
+import importlib.util
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..memory_errors import is_out_of_memory
+from ..speeds import best_seconds
+from .wan_block import Attention, attend
+
+logger = logging.getLogger(__name__)
+
+# FlashAttention's own build, and its forward half, which the package index has as "fa3-fwd"; the first that can be imported is taken.
+MODULES = ("flash_attn_interface", "fa3_fwd_interface")
+HOPPER = (9, 0)
+# How far from torch's result it may be, relatively. Both round to half precision, which moves either by 2.3e-3 (benchmarks/parallel.py).
+ALIKE = 1e-2
+# How much faster it must be.
+FASTER_BY = 0.97
+# (queries, keys, heads): odd numbers to compare; to time so many that a GPU is busy for most of a millisecond, longer than asking takes the
+# host. Those take 130 MiB with head width 128.
+COMPARED, TIMED = (333, 1003, 3), (8192, 16384, 8)
+# Asked in a row, so that the host is ahead.
+ASKED = 4
+
+
+@dataclass
+class Choice:
+    """How self-attention is computed on a device.
+
+    Attributes:
+        attention: computes it.
+        flash: whether that is FlashAttention 3.
+        refused: why it is not, though installed; empty where it is not installed, or not for this device.
+    """
+
+    attention: Attention = attend
+    flash: bool = False
+    refused: str = ""
+
+
+_choices: dict[tuple[torch.device, torch.dtype, int], Choice] = {}
+_choosing = threading.Lock()
+
+
+def self_attention(device: torch.device, dtype: torch.dtype, head_width: int) -> Attention:
+    """What computes self-attention on a device. At the first call for a Hopper GPU this is found out, which takes a moment, waits for the
+    device's current stream and allocates some 130 MiB there.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for that; nothing is decided then.
+    """
+    if device.type != "cuda":
+        return attend
+    key = (device, dtype, head_width)
+    choice = _choices.get(key)
+    if choice is None:
+        with _choosing:
+            choice = _choices.get(key)
+            if choice is None:
+                choice = _choices[key] = choose(device, dtype, head_width)
+    return choice.attention
+
+
+def choices(devices: Iterable[torch.device]) -> dict[torch.device, Choice]:
+    """What was chosen for those of these devices that have computed, FlashAttention 3 first where it depends on the kind of tensor."""
+    wanted = set(devices)
+    found: dict[torch.device, Choice] = {}
+    for (device, _, _), choice in sorted(_choices.items(), key=lambda item: item[1].flash):
+        if device in wanted:
+            found[device] = choice
+    return found
+
+
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_width: int,
+    *,
+    modules: Iterable[str] | None = None,
+    seconds: Callable[[torch.device, Callable[[], object]], float] = best_seconds,
+) -> Choice:
+    """Find out what is best on a device.
+
+    Args:
+        device: a GPU.
+        dtype: of queries, keys and values.
+        head_width: theirs.
+        modules: where FlashAttention 3 may be found; ``MODULES`` by default.
+        seconds: how long a function takes on a device.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room to find out.
+    """
+    if torch.cuda.get_device_capability(device) != HOPPER:
+        return Choice()
+    try:
+        function = _flash_3(MODULES if modules is None else modules)
+    except Exception as error:  # built for another torch or CUDA
+        return _refused(device, f"it can't be imported: {_words(error)}")
+    if function is None:
+        return Choice()
+    flash = _Flash(function, device)
+    try:
+        with torch.inference_mode():
+            compared = _random(COMPARED, head_width, device, dtype)
+            ours, theirs = flash.ask(*compared).float(), attend(*compared).float()
+            error = float((ours - theirs).norm() / theirs.norm())
+            if not error <= ALIKE:
+                return _refused(device, f"its result is {error:.1e} away from torch's")
+            timed = _random(TIMED, head_width, device, dtype)
+            quick, usual = (seconds(device, _in_a_row(ask, timed)) / ASKED for ask in (flash.ask, attend))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return _refused(device, _words(error))
+    logger.info("%s: attention takes %.2f ms by FlashAttention 3, %.2f by torch", device, quick * 1e3, usual * 1e3)
+    if quick > usual * FASTER_BY:
+        return _refused(device, f"torch's own is as fast here ({usual * 1e3:.2f} ms, where it takes {quick * 1e3:.2f})")
+    return flash.choice
+
+
+class _Flash:
+    """FlashAttention 3 on one device; torch's function takes over for good if it ever fails."""
+
+    def __init__(self, function: Callable[..., Any], device: torch.device):
+        self._function, self._device = function, device
+        self.choice = Choice(self, flash=True)
+
+    def ask(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """As :func:`attend`; raises what it raises."""
+        result = self._function(query, key, value)
+        # Earlier versions return the sums of the softmax too.
+        return result[0] if isinstance(result, tuple) else result
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if self.choice.flash:
+            try:
+                return self.ask(query, key, value)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self.choice.flash = False
+                self.choice.refused = _refused(self._device, _words(error)).refused
+        return attend(query, key, value)
+
+
+def _flash_3(modules: Iterable[str]) -> Callable[..., Any] | None:
+    for name in modules:
+        if importlib.util.find_spec(name) is not None:
+            return getattr(importlib.import_module(name), "flash_attn_func")  # noqa: B009  no stubs
+    return None
+
+
+def _random(size: tuple[int, int, int], head_width: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Query, key and value as a forward has them: the query some heads of more, key and value side by side."""
+    queries, keys, heads = size
+    generator = torch.Generator(device).manual_seed(0)  # the process's own is the user's
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    key, value = drawn(1, keys, 2, heads, head_width).unbind(2)
+    return drawn(1, queries, heads + 1, head_width)[:, :, 1:], key, value
+
+
+def _in_a_row(ask: Attention, given: tuple[torch.Tensor, ...]) -> Callable[[], object]:
+    def action() -> None:
+        for _ in range(ASKED):
+            ask(*given)
+
+    return action
+
+
+def _words(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _refused(device: torch.device, why: str) -> Choice:
+    logger.warning("FlashAttention 3 is installed, and not used on %s: %s", device, why)
+    return Choice(refused=why)
