@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
 from ..checkpoints.stored import INPUT_CHANNELS, LATENT_CHANNELS, ComponentFiles, StoredTensor
+from .pieces import Stretch
 from .reading import Reading, TensorReader
 
 # What sets Wan 2.2 I2V A14B's experts apart from diffusers' default configuration, which is Wan's 14B shape otherwise.
@@ -48,9 +49,9 @@ class DrawnReader(TensorReader):
     def all_mapped(self, wanted: Sequence[StoredTensor]) -> dict[StoredTensor, torch.Tensor]:
         return {stored: draw(stored.key, stored.shape, self._device, torch.bfloat16).cpu() for stored in wanted}
 
-    def begin(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]], *, urgent: bool = False) -> Reading:
+    def begin(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor | Stretch]], *, urgent: bool = False) -> Reading:
         for stored, target in wanted:
-            target.copy_(draw(stored.key, stored.shape, self._device, torch.bfloat16).reshape(-1).view(torch.uint8))
+            Stretch.of(target).view().copy_(draw(stored.key, stored.shape, self._device, torch.bfloat16).reshape(-1).view(torch.uint8))
         return Reading()
 
 

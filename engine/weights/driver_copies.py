@@ -76,7 +76,7 @@ class DriverCopies:
             with torch.inference_mode(), torch.cuda.stream(stream):
                 for one in filled:
                     for place, target in one.piece.targets:
-                        target.copy_(one.memory[place : place + target.numel()], non_blocking=True)
+                        target.view().copy_(one.memory[place : place + target.size_bytes], non_blocking=True)
                 copied.event.record(stream)
             return copied
         driver, raw = self._driver, stream.cuda_stream
@@ -84,7 +84,7 @@ class DriverCopies:
         self._check(driver.cuCtxSetCurrent(self._gpus[stream.device].context))
         for one in filled:
             for place, target in one.piece.targets:
-                self._check(driver.cuMemcpyHtoDAsync_v2(target.data_ptr(), one.address + place, target.numel(), raw))
+                self._check(driver.cuMemcpyHtoDAsync_v2(target.address, one.address + place, target.size_bytes, raw))
         self._check(driver.cuEventRecord(copied.number, raw))
         return copied
 

@@ -15,7 +15,7 @@ from ..checkpoints.stored import ComponentFiles, StoredTensor
 from ..transformer.low_precision import quantized_rows, widened_gguf, widened_rows
 from .adapters import Adapters
 from .packing import Layout, Spec
-from .pieces import raw_shape
+from .pieces import Stretch, raw_shape
 from .precision import Form, Precision, block_matrices, parameter_forms, scale_name, stored_dtype
 from .reading import Reading, TensorReader
 
@@ -25,6 +25,7 @@ BATCH_BYTES = 64 * 1024**2
 # So much of it may stand in memory until all that was begun with it has arrived: scales and the like, of a whole expert.
 WAITING_BYTES = 4 * 1024**2
 Tensors = dict[str, torch.Tensor]
+ToRead = tuple[StoredTensor, Stretch]
 
 
 def inside(part: str, full: str) -> str:
@@ -114,7 +115,10 @@ class _Batch:
         if made:
             targets = [self.filling.views[name] for name in made]
             torch._foreach_copy_(
-                targets, [tensor.expand(target.shape) for tensor, target in zip(made.values(), targets, strict=True)], non_blocking=True
+                targets,
+                # Most are of that shape: not to be asked of torch, which lets other threads in at each call.
+                [t if t.shape == target.shape else t.expand(target.shape) for t, target in zip(made.values(), targets, strict=True)],
+                non_blocking=True,
             )
             made.clear()
 
@@ -241,9 +245,8 @@ class Keeper:
 
     def _begin(self, filling: Filling, steps: Sequence[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> None:
         """Have what is kept as it is read to its place, and the rest to memory of its own, from which it is to be converted."""
-        raws = {source: self._room_for(source, convert_on) for step in steps if step.made for source in step.sources}
-        to_convert = [(source, room.reshape(-1).view(torch.uint8)) for source, room in raws.items()]
-        as_stored = [(step.sources[0], flat[layout.span(step.name)]) for step in steps if step.made is None]
+        raws, to_convert = _rooms_for([source for step in steps if step.made for source in step.sources], convert_on)
+        as_stored = [(step.sources[0], _stretch(flat, layout.span(step.name))) for step in steps if step.made is None]
         if sum(source.size_bytes for source in raws) > WAITING_BYTES:
             readings = [self.reader.begin(to_convert, urgent=True), self.reader.begin(as_stored)]
         else:
@@ -254,21 +257,18 @@ class Keeper:
             filling.unconverted += 1
             self._waiting.append(_Batch(filling, steps, raws, readings[0]))
 
-    @staticmethod
-    def _room_for(source: StoredTensor, device: torch.device) -> torch.Tensor:
-        return torch.empty(raw_shape(source), dtype=stored_dtype(source), device=device)
-
     def loose(self, part: str, names: Sequence[str], adapters: Adapters, convert_on: torch.device, *, only_added: bool = False) -> Tensors:
         """Parameters as tensors of the CPU, which are the mapped file where it has them as they are kept. Arguments as for :meth:`fill`."""
         steps = list(self._steps(part, names, adapters, convert_on, only_added=only_added))
         mapped = self.reader.all_mapped([step.sources[0] for step in steps if step.made is None])
+        specs, _ = self.specs(part, names, adapters)
         found: Tensors = {}
         for step in steps:
             if step.made is None:
                 found[step.name] = mapped[step.sources[0]]
             else:
                 made = step.made([self.reader.mapped(source).to(convert_on) for source in step.sources])
-                found.update({name: tensor.to(CPU) for name, tensor in made.items()})
+                found.update({name: tensor.to(specs[name].dtype).to(CPU) for name, tensor in made.items()})
         return found
 
     def _steps(
@@ -308,6 +308,8 @@ class Keeper:
             # In the precision of computing, so that files in float32 and in bf16 give the same.
             values, scale = quantized_rows(_wide(stored, raws[:own], self._precision.dtype), form.dtype)
             return {name: values, scale_name(name): scale}
+        if own == 1 and stored.gguf_type is None:
+            return {name: raws[0]}  # whose values are converted as they are copied
         return {name: _wide(stored, raws[:own], form.dtype)}
 
     def largest_elements(self, *, every: bool) -> int:
@@ -333,6 +335,22 @@ def _batches(steps: Iterable[_Step]) -> Iterator[list[_Step]]:
         beside += size
     if batch:
         yield batch
+
+
+def _rooms_for(sources: Sequence[StoredTensor], device: torch.device) -> tuple[dict[StoredTensor, torch.Tensor], list[ToRead]]:
+    """Memory on a device for what a file has, all in one piece: as tensors, and as what is to be read."""
+    by_name = {str(number): source for number, source in enumerate(dict.fromkeys(sources))}
+    layout = Layout({name: Spec(raw_shape(source), stored_dtype(source)) for name, source in by_name.items()})
+    memory = torch.empty(layout.total_bytes if by_name else 0, dtype=torch.uint8, device=device)
+    views = layout.views(memory) if by_name else {}
+    return (
+        {by_name[name]: view for name, view in views.items()},
+        [(source, _stretch(memory, layout.span(name))) for name, source in by_name.items()],
+    )
+
+
+def _stretch(memory: torch.Tensor, span: slice) -> Stretch:
+    return Stretch(memory, span.start, span.stop - span.start)
 
 
 def _row_scales(stored: StoredTensor, scale: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -20,6 +20,39 @@ from ..errors import CheckpointError
 PIECE_BYTES = 8 * 1024**2
 # What is not wanted between two tensors of a file is read along where it is no more than this: one piece costs more.
 GAP_BYTES = 64 * 1024
+Target = TypeVar("Target")
+
+
+class Stretch(NamedTuple):
+    """Some of a piece of memory. A view would be a call of torch's, which lets other threads in, and there are thousands of these.
+
+    Attributes:
+        memory: uint8, one-dimensional, on any device.
+        first: the first byte.
+        size_bytes: how many.
+    """
+
+    memory: torch.Tensor
+    first: int
+    size_bytes: int
+
+    @classmethod
+    def of(cls, memory: "torch.Tensor | Stretch") -> "Stretch":
+        """All of it."""
+        return memory if isinstance(memory, Stretch) else cls(memory, 0, memory.numel())
+
+    @property
+    def device(self) -> torch.device:
+        return self.memory.device
+
+    @property
+    def address(self) -> int:
+        return self.memory.data_ptr() + self.first
+
+    def view(self) -> torch.Tensor:
+        """The same as a tensor."""
+        is_all = self.size_bytes == self.memory.numel()
+        return self.memory if is_all else self.memory[self.first : self.first + self.size_bytes]
 
 
 @dataclass(frozen=True)
@@ -30,14 +63,14 @@ class Piece:
     modified_ns: int
     offset: int
     size_bytes: int
-    targets: tuple[tuple[int, torch.Tensor], ...]
+    targets: tuple[tuple[int, Stretch], ...]
 
     @property
     def device(self) -> torch.device:
         return self.targets[0][1].device
 
 
-def pieces_of(wanted: Sequence[tuple[StoredTensor, torch.Tensor]], most_bytes: int) -> Iterator[Piece]:
+def pieces_of(wanted: Sequence[tuple[StoredTensor, Stretch]], most_bytes: int) -> Iterator[Piece]:
     """What is wanted in pieces of about one size: what lies near each other in a file is cut without regard to where tensors end."""
     ordered = sorted(wanted, key=lambda pair: (_whose(pair), pair[0].offset))
     for _, near in groupby(numbered_runs(ordered), key=lambda found: found[0]):
@@ -47,16 +80,16 @@ def pieces_of(wanted: Sequence[tuple[StoredTensor, torch.Tensor]], most_bytes: i
         each = -(-size // max(1, -(-size // most_bytes)))
         for _, parts in groupby(_cut(run, each), key=lambda part: (part[0] - first.offset) // each):
             targets = list(parts)
-            offset, end = targets[0][0], targets[-1][0] + targets[-1][1].numel()
+            offset, end = targets[0][0], targets[-1][0] + targets[-1][1].size_bytes
             yield Piece(first.file, first.modified_ns, offset, end - offset, tuple((place - offset, part) for place, part in targets))
 
 
-def _whose(pair: tuple[StoredTensor, torch.Tensor]) -> tuple[str, int, str]:
+def _whose(pair: tuple[StoredTensor, Any]) -> tuple[str, int, str]:
     stored, target = pair
     return str(stored.file), stored.modified_ns, str(target.device)
 
 
-def numbered_runs(ordered: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Iterator[tuple[int, tuple[StoredTensor, torch.Tensor]]]:
+def numbered_runs(ordered: Sequence[tuple[StoredTensor, Target]]) -> Iterator[tuple[int, tuple[StoredTensor, Target]]]:
     """Tensors that lie behind each other in a file have one number. Those without a byte are left out."""
     number, whose, end = 0, None, 0
     for pair in ordered:
@@ -68,15 +101,13 @@ def numbered_runs(ordered: Sequence[tuple[StoredTensor, torch.Tensor]]) -> Itera
             yield number, pair
 
 
-def _cut(run: Sequence[tuple[StoredTensor, torch.Tensor]], each: int) -> Iterator[tuple[int, torch.Tensor]]:
+def _cut(run: Sequence[tuple[StoredTensor, Stretch]], each: int) -> Iterator[tuple[int, Stretch]]:
     """Parts of tensors with their places in the file, none across a multiple of so many bytes from the first one's."""
     first = run[0][0].offset
     for stored, target in run:
         begin, end = stored.offset - first, stored.offset - first + stored.size_bytes
         cuts = [begin, *range((begin // each + 1) * each, end, each), end]
-        # One call of torch's for all parts: it lets other threads in at each.
-        parts = target.split([b - a for a, b in pairwise(cuts)]) if len(cuts) > 2 else (target,)
-        yield from zip((first + cut for cut in cuts), parts, strict=False)
+        yield from ((first + a, Stretch(target.memory, target.first + a - begin, b - a)) for a, b in pairwise(cuts))
 
 
 def read_alone(piece: Piece) -> None:
@@ -88,7 +119,7 @@ def read_alone(piece: Piece) -> None:
 def read_parts(file: IO[bytes], piece: Piece) -> None:
     """Into the memory where a piece's parts go."""
     for place, target in piece.targets:
-        read_at(file, target.numpy().data, piece.offset + place)
+        read_at(file, target.memory.numpy().data[target.first : target.first + target.size_bytes], piece.offset + place)
 
 
 def read_at(file: IO[bytes], rest: memoryview, offset: int) -> None:

@@ -15,7 +15,7 @@ from . import library_reads, pieces
 from .errands import Errand, Reading
 from .library_reads import LibraryReads
 from .mapping import MappedFiles
-from .pieces import Piece
+from .pieces import Piece, Stretch
 from .precision import stored_dtype
 from .thread_reads import ThreadReads
 
@@ -83,17 +83,18 @@ class TensorReader:
             self.stop()
             raise
 
-    def begin(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor]], *, urgent: bool = False) -> Reading:
+    def begin(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor | Stretch]], *, urgent: bool = False) -> Reading:
         """As :meth:`read_into`, but what is wanted may still be on its way when this returns.
 
         It is read in the order of these calls (what goes to GPUs, and what to the CPU), what is urgent before all that has not begun. No more
         than ``AHEAD_BYTES`` of it all is still on its way then, but for what is begun here. All memory must stay until it was waited for, with
         :meth:`Reading.wait` or :meth:`finish`, or let go with :meth:`stop`, which whoever meets an error must call.
         """
-        for stored, target in wanted:
+        stretches = [(stored, Stretch.of(target)) for stored, target in wanted]
+        for stored, target in stretches:
             if target.device.type not in ("cpu", "cuda"):
-                target.copy_(self.mapped(stored).reshape(-1).view(torch.uint8))
-        direct = [pair for pair in wanted if pair[1].device.type in ("cpu", "cuda")]
+                target.view().copy_(self.mapped(stored).reshape(-1).view(torch.uint8))
+        direct = [pair for pair in stretches if pair[1].device.type in ("cpu", "cuda")]
         in_place = list(pieces.pieces_of([pair for pair in direct if pair[1].device == CPU], pieces.PIECE_BYTES))
         for_gpus = [pair for pair in direct if pair[1].device != CPU]
         sends = self._library if for_gpus and library_reads.available() else self._threads

@@ -136,8 +136,8 @@ def _queue_copies(stream: "torch.cuda.Stream", sendings: Sequence[Sending]) -> "
         assert one.buffer.memory is not None
         whole = one.buffer.memory
         for place, target in one.piece.targets:
-            targets.append(target)
-            sources.append(whole if target.numel() == whole.numel() else whole[place : place + target.numel()])
+            targets.append(target.view())
+            sources.append(whole if target.size_bytes == whole.numel() else whole[place : place + target.size_bytes])
     copied = torch.cuda.Event()
     # Inference mode is a thread's own, and what was made in it may be written to only there.
     with torch.inference_mode(), torch.cuda.stream(stream):

@@ -55,8 +55,8 @@ class PlayedCopies:
         if stream.fails:
             raise RuntimeError("the GPU fell off the bus")
         for one in filled:
-            sources = [one.memory[place : place + target.numel()] for place, target in one.piece.targets]
-            stream.queued.append(([target for _, target in one.piece.targets], sources))
+            sources = [one.memory[place : place + target.size_bytes] for place, target in one.piece.targets]
+            stream.queued.append(([target.view() for _, target in one.piece.targets], sources))
             stream.all_queued.append(stream.queued[-1])
         event: Any = PlayedEvent()
         event.record(stream)

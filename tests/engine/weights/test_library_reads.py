@@ -31,7 +31,7 @@ from wan_sharded.engine.weights.driver_copies import DriverCopies
 from wan_sharded.engine.weights.errands import Errand, Reading
 from wan_sharded.engine.weights.library_calls import Control, asynchronous_reads
 from wan_sharded.engine.weights.library_reads import LibraryReads
-from wan_sharded.engine.weights.pieces import Piece
+from wan_sharded.engine.weights.pieces import Piece, Stretch
 from wan_sharded.engine.weights.reading import TensorReader
 from wan_sharded.engine.weights.thread_reads import ThreadReads
 
@@ -129,7 +129,7 @@ class Wanted:
         self.target = torch.from_numpy(self.memory)
         parts = self.target.split(PIECE)
         self.errands = [
-            Errand(Piece(path, modified_ns, number * PIECE, PIECE, ((0, part),)), self.reading, self.stream)
+            Errand(Piece(path, modified_ns, number * PIECE, PIECE, ((0, Stretch.of(part)),)), self.reading, self.stream)
             for number, part in enumerate(parts)
         ]
 
@@ -780,7 +780,7 @@ class Memory:
         self.memory = torch.arange(100, dtype=torch.uint8)
         self.address, self.is_locked = self.memory.data_ptr(), is_locked
         self.targets = [torch.zeros(20, dtype=torch.uint8), torch.zeros(7, dtype=torch.uint8)]
-        self.piece = Piece(Path("file"), 0, 0, 50, ((0, self.targets[0]), (43, self.targets[1])))
+        self.piece = Piece(Path("file"), 0, 0, 50, ((0, Stretch.of(self.targets[0])), (43, Stretch.of(self.targets[1]))))
 
 
 def test_copies_are_queued_in_the_gpus_own_context(driver: PlayedDriver) -> None:
@@ -843,7 +843,7 @@ def test_what_the_driver_cannot_tell_torch_is_asked(driver: PlayedDriver, torch_
 def test_many_small_parts_are_copied_by_torch(driver: PlayedDriver) -> None:
     memory, stream = Memory(), Stream(0)
     targets = [torch.zeros(1, dtype=torch.uint8) for _ in range(driver_copies.MOST_TARGETS + 1)]
-    memory.piece = Piece(Path("file"), 0, 0, 50, tuple(enumerate(targets)))
+    memory.piece = Piece(Path("file"), 0, 0, 50, tuple(enumerate(map(Stretch.of, targets))))
     copied = DriverCopies(driver).queue(stream, [memory])  # type: ignore[arg-type]
     assert driver.did == [("record by torch", copied.number, "in inference mode", stream)]
     assert [int(target) for target in targets] == list(range(len(targets)))

@@ -149,7 +149,7 @@ def test_what_lies_near_each_other_is_read_together(
         with piece.path.open("rb", buffering=0) as file:
             pieces.read_at(file, buffer.numpy().data, piece.offset)
         for place, target in piece.targets:
-            assert torch.equal(buffer[place : place + target.numel()], target)
+            assert torch.equal(buffer[place : place + target.size_bytes], target.view())
 
 
 def test_what_is_not_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_what_is_not_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return stored, torch.empty(bytes_each, dtype=torch.uint8, device=device)
 
     def cut(*asked: tuple[StoredTensor, torch.Tensor]) -> list[tuple[str, int, int, int, str]]:
-        found = list(pieces.pieces_of(asked, PIECE))
+        found = list(pieces.pieces_of([(stored, pieces.Stretch.of(memory)) for stored, memory in asked], PIECE))
         for piece in found:
             assert {target.device for _, target in piece.targets} == {piece.device}
         return [(piece.path.name, piece.offset, piece.size_bytes, len(piece.targets), piece.device.type) for piece in found]

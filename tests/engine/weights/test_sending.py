@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from wan_sharded.engine.weights.pieces import Piece
+from wan_sharded.engine.weights.pieces import Piece, Stretch
 from wan_sharded.engine.weights.sending import Sender, Sending
 
 pytestmark = [pytest.mark.usefixtures("small_pieces"), pytest.mark.timeout(60)]
@@ -100,7 +100,9 @@ def a_piece(sender: Sender, number: int, stream: Any, answers: Answers) -> Sendi
     """One whose bytes are its number."""
     buffer = sender.buffer()
     buffer.room(10)[:] = bytes([number] * 10)
-    return Sending(buffer, Piece(Path("file"), 0, 0, 10, ((0, torch.zeros(10, dtype=torch.uint8)),)), stream, answers.of(number))
+    return Sending(
+        buffer, Piece(Path("file"), 0, 0, 10, ((0, Stretch.of(torch.zeros(10, dtype=torch.uint8))),)), stream, answers.of(number)
+    )
 
 
 def all_buffers(sender: Sender) -> set[int]:
