@@ -261,14 +261,13 @@ class Keeper:
         """Parameters as tensors of the CPU, which are the mapped file where it has them as they are kept. Arguments as for :meth:`fill`."""
         steps = list(self._steps(part, names, adapters, convert_on, only_added=only_added))
         mapped = self.reader.all_mapped([step.sources[0] for step in steps if step.made is None])
-        specs, _ = self.specs(part, names, adapters)
         found: Tensors = {}
         for step in steps:
             if step.made is None:
                 found[step.name] = mapped[step.sources[0]]
             else:
                 made = step.made([self.reader.mapped(source).to(convert_on) for source in step.sources])
-                found.update({name: tensor.to(specs[name].dtype).to(CPU) for name, tensor in made.items()})
+                found.update({name: tensor.to(CPU) for name, tensor in made.items()})
         return found
 
     def _steps(
@@ -308,8 +307,6 @@ class Keeper:
             # In the precision of computing, so that files in float32 and in bf16 give the same.
             values, scale = quantized_rows(_wide(stored, raws[:own], self._precision.dtype), form.dtype)
             return {name: values, scale_name(name): scale}
-        if own == 1 and stored.gguf_type is None:
-            return {name: raws[0]}  # whose values are converted as they are copied
         return {name: _wide(stored, raws[:own], form.dtype)}
 
     def largest_elements(self, *, every: bool) -> int:
@@ -340,9 +337,11 @@ def _batches(steps: Iterable[_Step]) -> Iterator[list[_Step]]:
 def _rooms_for(sources: Sequence[StoredTensor], device: torch.device) -> tuple[dict[StoredTensor, torch.Tensor], list[ToRead]]:
     """Memory on a device for what a file has, all in one piece: as tensors, and as what is to be read."""
     by_name = {str(number): source for number, source in enumerate(dict.fromkeys(sources))}
+    if not by_name:
+        return {}, []
     layout = Layout({name: Spec(raw_shape(source), stored_dtype(source)) for name, source in by_name.items()})
-    memory = torch.empty(layout.total_bytes if by_name else 0, dtype=torch.uint8, device=device)
-    views = layout.views(memory) if by_name else {}
+    memory = torch.empty(layout.total_bytes, dtype=torch.uint8, device=device)
+    views = layout.views(memory)
     return (
         {by_name[name]: view for name, view in views.items()},
         [(source, _stretch(memory, layout.span(name))) for name, source in by_name.items()],

@@ -152,6 +152,33 @@ def test_what_lies_near_each_other_is_read_together(
             assert torch.equal(buffer[place : place + target.size_bytes], target.view())
 
 
+def test_a_stretch_is_some_of_its_memory() -> None:
+    memory = torch.arange(20, dtype=torch.uint8)
+    whole, some = pieces.Stretch.of(memory), pieces.Stretch(memory, 3, 5)
+    assert pieces.Stretch.of(some) is some and whole.view() is memory and some.device == CPU
+    assert some.view().tolist() == [3, 4, 5, 6, 7]
+    assert some.address == some.view().data_ptr() == whole.address + 3
+    some.view().zero_()
+    assert memory[2:9].tolist() == [2, 0, 0, 0, 0, 0, 8]
+
+
+def test_what_is_wanted_may_be_anywhere_in_larger_memory(reader: TensorReader, tmp_path: Path) -> None:
+    """As the tensors of a part, several of which share pieces of their file."""
+    sizes = [2 * PIECE + 3, 5, 0, PIECE - 1, 700]
+    stored = beside_each_other(tmp_path / "a", sizes, 0)
+    with ImaginedGpus():
+        for device in (CPU, LAZY):
+            memory = torch.full((sum(sizes) + 10 * len(sizes),), 7, dtype=torch.uint8, device=device)
+            begins = [sum(sizes[:number]) + 10 * number for number in range(len(sizes))]
+            wanted = [(one, pieces.Stretch(memory, begin, one.size_bytes)) for one, begin in zip(stored, begins, strict=True)]
+            reader.begin(wanted).wait()
+            whole, expected = stored[0].file.read_bytes(), torch.full(memory.shape, 7, dtype=torch.uint8)
+            for one, begin in zip(stored, begins, strict=True):
+                bytes_of = bytearray(whole[one.offset : one.offset + one.size_bytes])
+                expected[begin : begin + one.size_bytes] = torch.tensor(bytes_of, dtype=torch.uint8)
+            assert torch.equal(memory.cpu(), expected)
+
+
 def test_what_is_not_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of other files, of another version of the file, for other devices; and those that overlap."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
