@@ -193,7 +193,9 @@ def sharded_row(
         row.rel_err = relative(outputs, reference)
         shares = "/".join(str(t.tokens) for t in forward.timings)
         busy = "/".join(f"{t.seconds * 1e3:.1f}" for t in forward.timings)
-        flash = "; attention by FlashAttention 3" * any(choice.flash for choice in choices(worker.device for worker in workers).values())
+        flash = "; attention by FlashAttention 3" * any(
+            choice.flash for choice in choices((w.device for w in workers), torch.bfloat16).values()
+        )
         chosen = "" if multiply_few_bits is not None else f"few bits multiplied: {crew.shares[0].multiplies_few_bits(expert.name)}; "
         row.note = f"{chosen}{'compiled' if functions.compiled else 'eager'}; first {first:.1f} s; queued in {queued:.2f} s; tokens {shares}, busy {busy} ms a block{flash}"
         if functions.failure:

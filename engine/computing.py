@@ -112,7 +112,7 @@ class Computing:
 
     def attention_notes(self, plan: Plan) -> list[str]:
         """Which GPUs computed attention otherwise than torch does, and which could not, in sentences."""
-        made = choices(torch.device(budget.device.torch_device) for budget in plan.budgets)
+        made = choices((torch.device(budget.device.torch_device) for budget in plan.budgets), self._precision.dtype)
         by = [(budget.device.label, made.get(torch.device(budget.device.torch_device))) for budget in plan.budgets]
         flash = " and ".join(label for label, choice in by if choice and choice.flash)
         notes = [f"{flash} computed attention by FlashAttention 3: measured to be faster than torch's own."] if flash else []

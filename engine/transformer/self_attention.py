@@ -73,14 +73,10 @@ def self_attention(device: torch.device, dtype: torch.dtype, head_width: int) ->
     return choice.attention
 
 
-def choices(devices: Iterable[torch.device]) -> dict[torch.device, Choice]:
-    """What was chosen for those of these devices that have computed, FlashAttention 3 first where it depends on the kind of tensor."""
+def choices(devices: Iterable[torch.device], dtype: torch.dtype) -> dict[torch.device, Choice]:
+    """What was chosen for those of these devices that have computed in this dtype."""
     wanted = set(devices)
-    found: dict[torch.device, Choice] = {}
-    for (device, _, _), choice in sorted(_choices.items(), key=lambda item: item[1].flash):
-        if device in wanted:
-            found[device] = choice
-    return found
+    return {device: choice for (device, kind, _), choice in _choices.items() if device in wanted and kind == dtype}
 
 
 def choose(
@@ -103,7 +99,8 @@ def choose(
     Raises:
         torch.OutOfMemoryError: there is no room to find out.
     """
-    if torch.cuda.get_device_capability(device) != HOPPER:
+    # AMD's GPUs count their generations in the same numbers.
+    if torch.version.hip or torch.cuda.get_device_capability(device) != HOPPER:
         return Choice()
     try:
         function = _flash_3(MODULES if modules is None else modules)

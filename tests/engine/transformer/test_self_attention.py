@@ -5,10 +5,11 @@ Its modules are played by files of these tests, and the GPU by the CPU.
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from wan_sharded.engine import computing as computing_module
+from wan_sharded.engine.computing import Computing
 from wan_sharded.engine.transformer import self_attention as flash
 from wan_sharded.engine.transformer.self_attention import Choice, choices, choose, self_attention
 from wan_sharded.engine.transformer.wan_block import attend
@@ -104,9 +105,12 @@ def test_where_it_is_not_installed_nothing_is_said(caplog):
 
 
 def test_other_gpus_never_ask_it(installed, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    choice = chosen(installed("raise SystemExit"))
-    assert choice.attention is attend and not choice.refused
+    other = installed("raise SystemExit")
+    with monkeypatch.context() as changed:
+        changed.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+        assert chosen(other) == Choice()
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert chosen(other) == Choice()
 
 
 def test_it_is_asked_with_what_a_forward_has(installed):
@@ -172,8 +176,9 @@ def test_it_is_found_out_once_for_a_kind_of_tensor(monkeypatch):
         self_attention(*kind)
     assert asked == kinds
     assert self_attention(CPU, torch.float32, 16) is attend
-    assert {device: choice.flash for device, choice in choices([gpu, other, CPU]).items()} == {gpu: True, other: False}
-    assert choices([other])[other].refused == "no"
+    assert {device: choice.flash for device, choice in choices([gpu, other, CPU], torch.float16).items()} == {gpu: False, other: False}
+    assert {device: choice.flash for device, choice in choices([gpu, other, CPU], torch.bfloat16).items()} == {gpu: True}
+    assert choices([other], torch.float16)[other].refused == "no"
 
 
 class PlayedPlan:
@@ -207,4 +212,7 @@ class PlayedPlan:
 )
 def test_a_run_says_who_used_it(monkeypatch, made, notes):
     monkeypatch.setattr(flash, "_choices", {(torch.device("cuda", index), torch.bfloat16, 128): one for index, one in made.items()})
-    assert computing_module.Computing.attention_notes(None, PlayedPlan()) == notes
+    computing = SimpleNamespace(_precision=SimpleNamespace(dtype=torch.bfloat16))
+    assert Computing.attention_notes(computing, PlayedPlan()) == notes
+    computing._precision.dtype = torch.float16
+    assert not Computing.attention_notes(computing, PlayedPlan()), "of another model's run"
