@@ -116,8 +116,13 @@ class Computing:
         by = [(budget.device.label, made.get(torch.device(budget.device.torch_device))) for budget in plan.budgets]
         flash = " and ".join(label for label, choice in by if choice and choice.flash)
         notes = [f"{flash} computed attention by FlashAttention 3: measured to be faster than torch's own."] if flash else []
-        refused = [(label, choice.refused) for label, choice in by if choice and choice.refused]
-        return notes + [f"FlashAttention 3 is installed and was not used on {label}: {why}." for label, why in refused]
+        refused = [(label, choice) for label, choice in by if choice and choice.refused]
+        return notes + [
+            f"FlashAttention 3 failed on {label}, and torch's own attention went on: {choice.refused}."
+            if choice.gave_up
+            else f"FlashAttention 3 is installed and was not used on {label}: {choice.refused}."
+            for label, choice in refused
+        ]
 
     def settle(self) -> None:
         """Wait until no device works any more."""

@@ -1,8 +1,8 @@
 """Which function computes self-attention: torch's, or FlashAttention 3 where that is installed, right and faster.
 
-FlashAttention 3 is made for Hopper GPUs (H100, H200), where it takes a sixth less than what torch chooses, as exactly
-(benchmarks/parallel.py). It is no requirement: people install it who have such a GPU. Nowhere else is it asked: where it has no kernels for a
-GPU it ends the process.
+FlashAttention 3 is made for Hopper GPUs (H100, H200); on H200s it takes a sixth less than what torch chooses, as exactly (ARCHITECTURE.md). It
+is no requirement: people install it who have such a GPU. Nowhere else is it asked: where it has no kernels for a GPU, as at other errors of
+CUDA's while it is started, it ends the process.
 """
 
 import importlib
@@ -21,16 +21,17 @@ from .wan_block import Attention, attend
 
 logger = logging.getLogger(__name__)
 
-# FlashAttention's own build, and its forward half, which the package index has as "fa3-fwd"; the first that can be imported is taken.
+# FlashAttention's own build, and its forward half, which the package index has as "fa3-fwd"; the first that works is taken.
 MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 HOPPER = (9, 0)
-# How far from torch's result it may be, relatively. Both round to half precision, which moves either by 2.3e-3 (benchmarks/parallel.py).
+# How far from torch's result it may be, relatively. Both round to half precision, which moves either by 2.3e-3.
 ALIKE = 1e-2
 # How much faster it must be.
 FASTER_BY = 0.97
-# (queries, keys, heads): odd numbers to compare; to time so many that a GPU is busy for most of a millisecond, longer than asking takes the
-# host. Those take 130 MiB with head width 128.
-COMPARED, TIMED = (333, 1003, 3), (8192, 16384, 8)
+# (queries, keys, heads) to compare: odd numbers, and, as it has one kernel for odd and one for even numbers of 128 queries, both.
+COMPARED = ((333, 1003, 3), (200, 1003, 3))
+# To time so many that a GPU is busy for most of a millisecond, longer than asking takes the host: 130 MiB with head width 128.
+TIMED = (8192, 16384, 8)
 # Asked in a row, so that the host is ahead.
 ASKED = 4
 
@@ -42,12 +43,14 @@ class Choice:
     Attributes:
         attention: computes it.
         flash: whether that is FlashAttention 3.
-        refused: why it is not, though installed; empty where it is not installed, or not for this device.
+        refused: why it is not, or no longer, though installed; empty where it is not installed, or not for this device.
+        gave_up: whether it was, until it failed.
     """
 
     attention: Attention = attend
     flash: bool = False
     refused: str = ""
+    gave_up: bool = False
 
 
 _choices: dict[tuple[torch.device, torch.dtype, int], Choice] = {}
@@ -74,7 +77,7 @@ def self_attention(device: torch.device, dtype: torch.dtype, head_width: int) ->
 
 
 def choices(devices: Iterable[torch.device], dtype: torch.dtype) -> dict[torch.device, Choice]:
-    """What was chosen for those of these devices that have computed in this dtype."""
+    """What was chosen for those of these devices that have computed in this dtype, in this process."""
     wanted = set(devices)
     return {device: choice for (device, kind, _), choice in _choices.items() if device in wanted and kind == dtype}
 
@@ -102,20 +105,18 @@ def choose(
     # AMD's GPUs count their generations in the same numbers.
     if torch.version.hip or torch.cuda.get_device_capability(device) != HOPPER:
         return Choice()
-    try:
-        function = _flash_3(MODULES if modules is None else modules)
-    except Exception as error:  # built for another torch or CUDA
-        return _refused(device, f"it can't be imported: {_words(error)}")
+    function, why_not = _flash_3(MODULES if modules is None else modules)
     if function is None:
-        return Choice()
+        return _refused(device, why_not) if why_not else Choice()
     flash = _Flash(function, device)
     try:
         with torch.inference_mode():
-            compared = _random(COMPARED, head_width, device, dtype)
-            ours, theirs = flash.ask(*compared).float(), attend(*compared).float()
-            error = float((ours - theirs).norm() / theirs.norm())
-            if not error <= ALIKE:
-                return _refused(device, f"its result is {error:.1e} away from torch's")
+            for size in COMPARED:
+                compared = _random(size, head_width, device, dtype)
+                ours, theirs = flash.ask(*compared).float(), attend(*compared).float()
+                error = float((ours - theirs).norm() / theirs.norm())
+                if not error <= ALIKE:
+                    return _refused(device, f"its result is {error:.1e} away from torch's")
             timed = _random(TIMED, head_width, device, dtype)
             quick, usual = (seconds(device, _in_a_row(ask, timed)) / ASKED for ask in (flash.ask, attend))
     except Exception as error:
@@ -148,16 +149,23 @@ class _Flash:
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                self.choice.flash = False
-                self.choice.refused = _refused(self._device, _words(error)).refused
+                self.choice.flash, self.choice.gave_up, self.choice.refused = False, True, _words(error)
+                logger.warning("FlashAttention 3 failed on %s, going on with torch's attention: %s", self._device, self.choice.refused)
         return attend(query, key, value)
 
 
-def _flash_3(modules: Iterable[str]) -> Callable[..., Any] | None:
+def _flash_3(modules: Iterable[str]) -> tuple[Callable[..., Any] | None, str]:
+    """Its function by the first of these modules that works; where one is there and none works, why."""
+    why_not = ""
     for name in modules:
-        if importlib.util.find_spec(name) is not None:
-            return getattr(importlib.import_module(name), "flash_attn_func")  # noqa: B009  no stubs
-    return None
+        try:
+            if importlib.util.find_spec(name) is not None:
+                return getattr(importlib.import_module(name), "flash_attn_func"), ""  # noqa: B009  no stubs
+        except Exception as error:  # built for another torch or CUDA, or something else of that name
+            if is_out_of_memory(error):
+                raise
+            why_not = why_not or f"{name} can't be imported: {_words(error)}"
+    return None, why_not
 
 
 def _random(size: tuple[int, int, int], head_width: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -181,7 +189,7 @@ def _in_a_row(ask: Attention, given: tuple[torch.Tensor, ...]) -> Callable[[], o
 
 
 def _words(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _refused(device: torch.device, why: str) -> Choice:

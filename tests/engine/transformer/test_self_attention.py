@@ -3,9 +3,15 @@
 Its modules are played by files of these tests, and the GPU by the CPU.
 """
 
+import importlib
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -44,14 +50,29 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str]
     return install
 
 
-def taking(quick: float, usual: float = 1.0) -> Callable[..., float]:
-    """Seconds that are told: the first function asked about takes ``quick``."""
-    told = iter([quick, usual])
-    return lambda device, action: next(told)
-
-
 def chosen(*modules: str, quick: float = 0.8) -> Choice:
-    return choose(CPU, torch.float32, 16, modules=modules, seconds=taking(quick))
+    """With seconds that are told: one call of torch's function takes one, one of another ``quick``."""
+    calls: list[str] = []
+    ask = flash._Flash.ask
+
+    def counted(self: flash._Flash, *given: torch.Tensor) -> torch.Tensor:
+        calls.append("flash")
+        return ask(self, *given)
+
+    def usual(*given: torch.Tensor) -> torch.Tensor:
+        calls.append("torch")
+        return attend(*given)
+
+    def seconds(device: torch.device, action: Callable[[], object]) -> float:
+        calls.clear()
+        action()
+        assert len(calls) > 1 and len(set(calls)) == 1, "the host is to be ahead"
+        return len(calls) * (1.0 if calls[0] == "torch" else quick)
+
+    with ExitStack() as changed:
+        for where, name, value in ((flash, "attend", usual), (flash._Flash, "ask", counted), (flash, "TIMED", (8, 16, 2))):
+            changed.enter_context(mock.patch.object(where, name, value))
+        return choose(CPU, torch.float32, 16, modules=modules, seconds=seconds)
 
 
 def drawn() -> tuple[torch.Tensor, ...]:
@@ -76,21 +97,26 @@ def test_what_returns_the_sums_too_is_understood(installed):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (ATTENTION.replace("return ", "return 1.02 * "), "2.0e-02 away from torch's"),
+        (ATTENTION.replace("return ", "return 1.015 * "), "1.5e-02 away from torch's"),
+        (ATTENTION.replace("return ", "return (1 if q.shape[1] // 128 % 2 else 1.1) * "), "away from torch's"),
+        (ATTENTION.replace("return ", "return (1.1 if q.shape[1] // 128 % 2 else 1) * "), "away from torch's"),
         (ATTENTION.replace("return ", "return float('nan') * "), "nan away from torch's"),
         (ATTENTION.replace("(q, k, v))", "(q, v, k))"), "away from torch's"),
         ("def flash_attn_func(q, k, v):\n    raise RuntimeError('only for bfloat16\\nand a stack')", "only for bfloat16"),
         ("def flash_attn_func(q, k, v):\n    raise AssertionError", "AssertionError"),
-        ("raise ImportError('libcudart.so.13: cannot open')", "it can't be imported: libcudart.so.13: cannot open"),
-        ("", "it can't be imported: module 'played"),
+        ("raise ImportError('libcudart.so.13: cannot open.')", "can't be imported: libcudart.so.13: cannot open"),
+        ("", "can't be imported: module 'played"),
     ],
-    ids=["wrong", "nan", "mixed up", "raises", "raises nothing said", "no library", "another module"],
+    ids=["wrong", "even", "odd", "nan", "mixed up", "raises", "raises nothing said", "no library", "another module"],
 )
 def test_what_does_not_work_is_refused_and_said(installed, caplog, text, why):
     choice = chosen(installed(text))
     assert choice.attention is attend and not choice.flash
-    assert why in choice.refused and "\n" not in choice.refused
+    assert why in choice.refused and "\n" not in choice.refused and not choice.refused.endswith(".")
     assert why in caplog.text
+    good = installed(ATTENTION)
+    assert not chosen(installed(text), good).refused or "imported" not in why
+    assert chosen(installed(ATTENTION.replace("return ", "return 1.005 * "))).flash, "as rounding may be"
 
 
 def test_what_is_no_faster_is_refused(installed):
@@ -125,6 +151,8 @@ def test_it_is_asked_with_what_a_forward_has(installed):
 
 
 def test_out_of_memory_is_raised_and_nothing_decided(installed, monkeypatch):
+    with pytest.raises(torch.OutOfMemoryError):
+        chosen(installed("import torch\nraise torch.OutOfMemoryError('none left')"))
     name = installed("import torch\ndef flash_attn_func(q, k, v):\n    raise torch.OutOfMemoryError('none left')")
     with pytest.raises(torch.OutOfMemoryError):
         chosen(name)
@@ -138,17 +166,18 @@ def test_out_of_memory_is_raised_and_nothing_decided(installed, monkeypatch):
 
 def test_a_failure_later_leaves_torchs_for_good(installed, caplog):
     name = installed(
-        ATTENTION.replace("    return", "    if fails: raise RuntimeError('no such size')\n    return") + "fails = []\n",
+        ATTENTION.replace("    return", "    asked.append(1)\n    if fails: raise RuntimeError('no such size')\n    return")
+        + "fails, asked = [], []\n",
     )
     choice = chosen(name)
     given = drawn()
     module = __import__(name)
     module.fails.append(True)
     torch.testing.assert_close(choice.attention(*given), attend(*given))
-    assert not choice.flash and choice.refused == "no such size" and "no such size" in caplog.text
-    module.fails.clear()
-    module.flash_attn_func = None
+    assert not choice.flash and choice.gave_up and choice.refused == "no such size" and "no such size" in caplog.text
+    module.asked.clear()
     torch.testing.assert_close(choice.attention(*given), attend(*given))
+    assert not module.asked
 
 
 def test_out_of_memory_later_is_raised(installed):
@@ -171,7 +200,7 @@ def test_it_is_found_out_once_for_a_kind_of_tensor(monkeypatch):
 
     monkeypatch.setattr(flash, "choose", decide)
     gpu, other = torch.device("cuda", 0), torch.device("cuda", 1)
-    kinds = [(gpu, torch.bfloat16, 128), (gpu, torch.float16, 128), (other, torch.float16, 128)]
+    kinds = [(gpu, torch.bfloat16, 128), (gpu, torch.float16, 128), (other, torch.float16, 128), (other, torch.float16, 64)]
     for kind in kinds * 2:
         self_attention(*kind)
     assert asked == kinds
@@ -208,6 +237,10 @@ class PlayedPlan:
                 "FlashAttention 3 is installed and was not used on GPU 1: no such file.",
             ],
         ),
+        (
+            {1: Choice(refused="no such size", gave_up=True)},
+            ["FlashAttention 3 failed on GPU 1, and torch's own attention went on: no such size."],
+        ),
     ],
 )
 def test_a_run_says_who_used_it(monkeypatch, made, notes):
@@ -216,3 +249,29 @@ def test_a_run_says_who_used_it(monkeypatch, made, notes):
     assert Computing.attention_notes(computing, PlayedPlan()) == notes
     computing._precision.dtype = torch.float16
     assert not Computing.attention_notes(computing, PlayedPlan()), "of another model's run"
+
+
+def test_it_is_looked_for_under_the_names_it_has(installed, monkeypatch, tmp_path):
+    """Its own build's, then that of the wheel with its forward half."""
+    for name in ("fa3_fwd_interface", "flash_attn_interface"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(ATTENTION.replace("def", f"name = {name!r}\ndef"), encoding="utf-8")
+        function, why_not = flash._flash_3(flash.MODULES)
+        assert function.__globals__["name"] == name and not why_not
+        importlib.invalidate_caches()
+    for name in flash.MODULES:
+        sys.modules.pop(name, None)
+
+
+def test_several_threads_find_it_out_once(monkeypatch):
+    asked = []
+
+    def decide(*kind):
+        asked.append(kind)
+        time.sleep(0.05)
+        return Choice()
+
+    monkeypatch.setattr(flash, "choose", decide)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: self_attention(torch.device("cuda", 0), torch.bfloat16, 128), range(8)))
+    assert len(asked) == 1 and found == [attend] * 8
