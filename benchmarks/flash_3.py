@@ -1,6 +1,8 @@
 """FlashAttention 3 for what is compared: under the names by which diffusers finds it, and left out for this pack where it is to do without."""
 
+import atexit
 import importlib.util
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ def offer_to_diffusers() -> None:
     if importlib.util.find_spec(OWN) is not None or importlib.util.find_spec(FORWARD_HALF) is None:
         return
     folder = Path(tempfile.mkdtemp(prefix="flash_3_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / f"{OWN}.py").write_text(
         f"import {FORWARD_HALF}\nfrom {FORWARD_HALF} import flash_attn_func, flash_attn_varlen_func\n", encoding="utf-8"
     )

@@ -3,6 +3,11 @@
 Raised anywhere in the engine, shown unchanged on the node (or by Python). None of them leaves anything half loaded.
 """
 
+import re
+
+# People put what they are told into bug reports.
+_PATHS = re.compile(r"(?:[A-Za-z]:)?[\\/][\w.~-]+[\\/][^\s'\",:;)]*")
+
 
 class WanShardedError(Exception):
     """Base of the pack's errors."""
@@ -38,3 +43,9 @@ class BusyError(WanShardedError):
 
 class Cancelled(WanShardedError):
     """The user stopped the run. Raised by callbacks in the engine's own use; ComfyUI raises its own."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says in its first line, without paths; empty where it says nothing."""
+    words = str(error).strip()
+    return _PATHS.sub("...", words.splitlines()[0]) if words else ""

@@ -6,12 +6,12 @@ once, and needs Triton (and a C compiler); where it fails, the plain functions g
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from ..errors import first_line
 from ..memory_errors import is_out_of_memory
 from ..transformer.wan_block import BlockMath
 
@@ -42,9 +42,6 @@ def pays_off(seconds_per_forward: float, forwards: int, devices: int) -> bool:
     """
     return seconds_per_forward * forwards * SAVED_SHARE > COMPILE_SECONDS * devices
 
-
-# In a compiler's words; people put the note into bug reports.
-_PATHS = re.compile(r"(?:[A-Za-z]:)?[\\/][\w.~-]+[\\/][^\s'\",:;)]*")
 
 # Of one function: for each device, with and without LoRAs, with weights of either precision.
 VERSIONS = 64
@@ -98,8 +95,7 @@ class BlockFunctions:
 
     def _give_up(self, error: Exception, devices: set[torch.device]) -> None:
         """Go on with plain functions on these devices, for good."""
-        words = str(error).strip() or "no reason given"
-        self.failure = _PATHS.sub("...", f"{type(error).__name__}: {words.splitlines()[0]}")
+        self.failure = f"{type(error).__name__}: {first_line(error) or 'no reason given'}"
         self.without |= devices
         self.compiled = self.compiled and bool(self.devices - self.without)
         where = f" for {', '.join(map(str, sorted(devices, key=str)))}" if self.compiled else ""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..errors import first_line
 from ..memory_errors import is_out_of_memory
 from ..speeds import best_seconds
 from .wan_block import Attention, attend
@@ -189,7 +190,7 @@ def _in_a_row(ask: Attention, given: tuple[torch.Tensor, ...]) -> Callable[[], o
 
 
 def _words(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return (first_line(error) or type(error).__name__).rstrip(".")
 
 
 def _refused(device: torch.device, why: str) -> Choice:

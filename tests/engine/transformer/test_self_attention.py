@@ -104,7 +104,7 @@ def test_what_returns_the_sums_too_is_understood(installed):
         (ATTENTION.replace("(q, k, v))", "(q, v, k))"), "away from torch's"),
         ("def flash_attn_func(q, k, v):\n    raise RuntimeError('only for bfloat16\\nand a stack')", "only for bfloat16"),
         ("def flash_attn_func(q, k, v):\n    raise AssertionError", "AssertionError"),
-        ("raise ImportError('libcudart.so.13: cannot open.')", "can't be imported: libcudart.so.13: cannot open"),
+        ("raise ImportError('/home/me/lib/_C.so: no libcudart.so.13.')", "can't be imported: ...: no libcudart.so.13"),
         ("", "can't be imported: module 'played"),
     ],
     ids=["wrong", "even", "odd", "nan", "mixed up", "raises", "raises nothing said", "no library", "another module"],
