@@ -45,7 +45,7 @@ class _Step:
     Attributes:
         name: of the tensor in memory, inside its part.
         sources: what is read for it.
-        made: makes the tensors, by name, of what was read; ``None`` where the one source is kept byte for byte.
+        made: makes the tensors, by name, of what was read, of any dtype; ``None`` where the one source is kept byte for byte.
     """
 
     name: str
@@ -111,16 +111,23 @@ class _Batch:
         self.filling.unconverted -= 1
 
     def _keep(self, made: Tensors) -> None:
-        """Copy these to where they are kept, all with one call of torch's, and forget them."""
-        if made:
-            targets = [self.filling.views[name] for name in made]
-            torch._foreach_copy_(
-                targets,
-                # Most are of that shape: not to be asked of torch, which lets other threads in at each call.
-                [t if t.shape == target.shape else t.expand(target.shape) for t, target in zip(made.values(), targets, strict=True)],
-                non_blocking=True,
-            )
-            made.clear()
+        """Copy these to where they are kept, converted if they are of another dtype, and forget them.
+
+        With one call of torch's for all that are alike, as each call lets other threads in. Alike, because of a list some versions of torch
+        take all for what its first is, and all one by one if any needs more than being copied.
+        """
+        alike: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for name, tensor in made.items():
+            target = self.filling.views[name]
+            if tensor.device != target.device:
+                tensor = tensor.to(target.dtype)  # by the device that converts, not by the processor behind a wait
+            source = tensor if tensor.shape == target.shape else tensor.expand(target.shape)
+            targets, sources = alike.setdefault((target.dtype, source.dtype, source.stride() == target.stride()), ([], []))
+            targets.append(target)
+            sources.append(source)
+        for targets, sources in alike.values():
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+        made.clear()
 
 
 class Keeper:
@@ -261,13 +268,14 @@ class Keeper:
         """Parameters as tensors of the CPU, which are the mapped file where it has them as they are kept. Arguments as for :meth:`fill`."""
         steps = list(self._steps(part, names, adapters, convert_on, only_added=only_added))
         mapped = self.reader.all_mapped([step.sources[0] for step in steps if step.made is None])
+        specs, _ = self.specs(part, names, adapters)
         found: Tensors = {}
         for step in steps:
             if step.made is None:
                 found[step.name] = mapped[step.sources[0]]
             else:
                 made = step.made([self.reader.mapped(source).to(convert_on) for source in step.sources])
-                found.update({name: tensor.to(CPU) for name, tensor in made.items()})
+                found.update({name: tensor.to(specs[name].dtype).to(CPU) for name, tensor in made.items()})
         return found
 
     def _steps(
@@ -298,7 +306,9 @@ class Keeper:
         return {_beside(name, other): tensor for other, tensor in found.items()}
 
     def _converted(self, full: str, name: str, form: Form, adapters: Adapters, raws: list[torch.Tensor]) -> Tensors:
-        """A parameter as it is kept, of the file's values, their scale if it has one, and what LoRAs have for it."""
+        """A parameter as it is kept, of the file's values, their scale if it has one, and what LoRAs have for it; it may be of the file's
+        dtype yet.
+        """
         stored = self._stored[full]
         own = 1 if stored.scale is None else 2
         if adapters.merged(full):
@@ -307,6 +317,8 @@ class Keeper:
             # In the precision of computing, so that files in float32 and in bf16 give the same.
             values, scale = quantized_rows(_wide(stored, raws[:own], self._precision.dtype), form.dtype)
             return {name: values, scale_name(name): scale}
+        if own == 1 and stored.gguf_type is None and raws[0].dtype.itemsize > 1:
+            return {name: raws[0]}  # to be converted as it is copied
         return {name: _wide(stored, raws[:own], form.dtype)}
 
     def largest_elements(self, *, every: bool) -> int:

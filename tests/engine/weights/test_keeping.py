@@ -124,6 +124,33 @@ def test_homes_hold_the_same(tiny_single_files: Path, form: str, choice: str, gp
     assert all(same_bits(other, first) for other in others)
 
 
+@pytest.mark.parametrize("choice", ["default", "bf16", "int8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_lists_of_copies_are_alike(
+    tiny_single_files: Path, form: str, choice: str, gpus: ImaginedGpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some versions of torch take all of a list for what its first is; between devices nothing is converted, which they wait for."""
+    path = file_of(tiny_single_files, form)
+    copy, lists = torch._foreach_copy_, []
+
+    def watched(targets: list[torch.Tensor], sources: list[torch.Tensor], *, non_blocking: bool) -> None:
+        pairs = zip(targets, sources, strict=True)
+        lists.append({(to.device, to.dtype, of.device, of.dtype, to.stride() == of.stride()) for to, of in pairs})
+        copy(targets, sources, non_blocking=non_blocking)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", watched)
+    for home, converts in ((CPU, CPU), (CPU, LAZY), (LAZY, LAZY)):
+        lists.clear()
+        expert = Expert("high noise expert", open_expert_file(path), precision_of(path, choice))
+        for part in expert.parts:
+            expert.bring(part, home, converts, packed=True)
+        assert lists
+        for kinds in lists:
+            ((to_device, to, of_device, of, _),) = kinds
+            assert to_device == home and of_device == converts
+            assert to == of or home == converts
+
+
 # ---- reading once, and memory
 
 
