@@ -30,6 +30,8 @@ class Adapters:
 
     def merged(self, weight: str) -> bool:
         """Whether a parameter's own values are changed."""
+        if not self._choices:
+            return False  # asked several times for each of a model's parameters
         return any(True for _ in self._differences(weight)) or (weight not in self._matrices and any(True for _ in self._low_ranks(weight)))
 
     def specs(self, weight: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Spec]:

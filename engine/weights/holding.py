@@ -67,6 +67,8 @@ class Holder:
     def __init__(self, model: nn.Module, parts: Sequence[str]):
         self._model = model
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        # By name: asking the model walks down to it each time.
+        self._modules = dict(model.named_modules())
         # Part -> its parameters' full names.
         self.names = {part: [name for name in self._shapes if name == part or name.startswith(f"{part}.")] for part in parts}
         # Part -> its tensors by their names inside it.
@@ -98,7 +100,7 @@ class Holder:
     def move_buffers(self, part: str, device: torch.device) -> None:
         """Have a part's buffers on a device."""
         if part in self._model._modules:
-            for module in self._model.get_submodule(part).modules():
+            for module in self._modules[part].modules():
                 for name, buffer in module._buffers.items():
                     if buffer is not None:
                         module._buffers[name] = buffer.to(device)
@@ -108,4 +110,4 @@ class Holder:
         if part in self._shapes:
             return self._model, part
         path, _, last = name.rpartition(".")
-        return self._model.get_submodule(f"{part}.{path}" if path else part), last
+        return self._modules[f"{part}.{path}" if path else part], last

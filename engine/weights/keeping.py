@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -45,7 +46,8 @@ class _Step:
     Attributes:
         name: of the tensor in memory, inside its part.
         sources: what is read for it.
-        made: makes the tensors, by name, of what was read, of any dtype; ``None`` where the one source is kept byte for byte.
+        made: makes the tensors, by name, of what was read, of any dtype and of shapes that expand to theirs; ``None`` where the one source is
+            kept byte for byte.
     """
 
     name: str
@@ -102,11 +104,15 @@ class _Batch:
         """Make what is kept of it, once it is read."""
         self.reading.wait()
         made: Tensors = {}
+        waiting_bytes = 0
         for step in self.steps:
             if step.made is not None:
-                made.update(step.made([self.raws[source] for source in step.sources]))
-                if sum(tensor.nbytes for tensor in made.values()) > WAITING_BYTES:
+                more = step.made([self.raws[source] for source in step.sources])
+                made.update(more)
+                waiting_bytes += sum(tensor.nbytes for tensor in more.values())
+                if waiting_bytes > WAITING_BYTES:
                     self._keep(made)
+                    waiting_bytes = 0
         self._keep(made)
         self.filling.unconverted -= 1
 
@@ -275,7 +281,8 @@ class Keeper:
                 found[step.name] = mapped[step.sources[0]]
             else:
                 made = step.made([self.reader.mapped(source).to(convert_on) for source in step.sources])
-                found.update({name: tensor.to(specs[name].dtype).to(CPU) for name, tensor in made.items()})
+                for name, tensor in made.items():
+                    found[name] = tensor.to(specs[name].dtype).expand(specs[name].shape).to(CPU)
         return found
 
     def _steps(
@@ -299,7 +306,7 @@ class Keeper:
             return
         yield _Step(name, (stored,))
         if form.scaled:
-            yield _Step(name, scale, lambda raws: {scale_name(name): _row_scales(stored, raws, device)})
+            yield _Step(name, scale, lambda raws: {scale_name(name): _kept_scales(stored, raws, device)})
 
     def _added(self, full: str, name: str, adapters: Adapters, raws: list[torch.Tensor]) -> Tensors:
         found = adapters.low_rank(full, self._precision.dtype, raws)
@@ -351,7 +358,7 @@ def _rooms_for(sources: Sequence[StoredTensor], device: torch.device) -> tuple[d
     by_name = {str(number): source for number, source in enumerate(dict.fromkeys(sources))}
     if not by_name:
         return {}, []
-    layout = Layout({name: Spec(raw_shape(source), stored_dtype(source)) for name, source in by_name.items()})
+    layout = _layout_of(tuple(Spec(raw_shape(source), stored_dtype(source)) for source in by_name.values()))
     memory = torch.empty(layout.total_bytes, dtype=torch.uint8, device=device)
     views = layout.views(memory)
     return (
@@ -360,8 +367,19 @@ def _rooms_for(sources: Sequence[StoredTensor], device: torch.device) -> tuple[d
     )
 
 
+@lru_cache(maxsize=32)
+def _layout_of(specs: tuple[Spec, ...]) -> Layout:
+    """Of tensors that are named by their numbers; most blocks have the same."""
+    return Layout({str(number): spec for number, spec in enumerate(specs)})
+
+
 def _stretch(memory: torch.Tensor, span: slice) -> Stretch:
     return Stretch(memory, span.start, span.stop - span.start)
+
+
+def _kept_scales(stored: StoredTensor, scale: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """As :func:`_row_scales`, but a file's one scale for all rows, in float32 as most are, as it is: the copy to where it is kept repeats it."""
+    return scale[0] if scale and scale[0].numel() == 1 and scale[0].dtype == torch.float32 else _row_scales(stored, scale, device)
 
 
 def _row_scales(stored: StoredTensor, scale: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -105,7 +105,7 @@ def test_a_failed_conversion_leaves_nothing_to_be_read(expert: Expert, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(pieces, "PIECE_BYTES", 2048)
         patch.setattr(pieces, "read_at", slow)
-        patch.setattr(keeping, "_row_scales", fails)
+        patch.setattr(keeping, "_kept_scales", fails)
         with pytest.raises(MemoryError, match="no room"):
             expert.bring("blocks.1", CPU, CPU, packed=True)
         assert expert._keeper.reader._under_way == []
@@ -207,7 +207,7 @@ def test_a_conversion_that_fails_later_loses_only_what_is_not_there(
         bring_unconverted(expert, "blocks.0")
         if met == "at the end":
             bring_unconverted(expert, "blocks.1")
-        patch.setattr(keeping, "_row_scales", fails)
+        patch.setattr(keeping, "_kept_scales", fails)
         with pytest.raises(MemoryError, match="no room"):
             expert.arrived() if met == "at the end" else bring_later(expert, "blocks.1")
         expert.drop_arriving()

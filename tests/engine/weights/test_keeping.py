@@ -241,14 +241,17 @@ def test_a_scale_beside_what_is_wide(tiny_single_files: Path, tmp_path: Path, dt
     assert torch.equal(load_file(tmp_path / "a.safetensors")["blocks.1.self_attn.q.weight"], raw), "the file stays"
 
 
+@pytest.mark.parametrize("home", ON_HOST)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (256,), (256, 1)], ids=str)
-def test_scales_of_any_shape(tiny_single_files: Path, tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_scales_of_any_shape(tiny_single_files: Path, tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype, home: str) -> None:
     scale = torch.rand(shape, generator=torch.Generator().manual_seed(3)) + 0.5
-    files = rewritten(tiny_single_files, tmp_path / "a.safetensors", {"blocks.1.self_attn.q.scale_weight": scale.to(BF16)})
+    files = rewritten(tiny_single_files, tmp_path / "a.safetensors", {"blocks.1.self_attn.q.scale_weight": scale.to(dtype)})
     raw = load_file(tmp_path / "a.safetensors")["blocks.1.self_attn.q.weight"].float()
     expert = Expert("high noise expert", files, Precision(F32, F32, "F8_E4M3"))
-    expert.bring("blocks.1", CPU, CPU)
-    assert torch.equal(in_use(expert, F32)[f"{PROJECTION}.weight"], raw * scale.to(BF16).float().reshape(-1, 1))
+    expert.bring("blocks.1", CPU, CPU, packed=HOMES[home][1])
+    assert held(expert)[f"{PROJECTION}.weight_scale"].shape == (256, 1)
+    assert torch.equal(in_use(expert, F32)[f"{PROJECTION}.weight"], raw * scale.to(dtype).float().reshape(-1, 1))
 
 
 def test_a_scale_beside_a_vector_is_refused_or_used(tiny_single_files: Path, tmp_path: Path) -> None:
