@@ -106,6 +106,9 @@ class Errands:
     def __bool__(self) -> bool:
         return bool(self._urgent or self._others)
 
+    def __len__(self) -> int:
+        return len(self._urgent) + len(self._others)
+
     def add(self, errands: Iterable[Errand], *, urgent: bool) -> None:
         (self._urgent if urgent else self._others).extend(errands)
 

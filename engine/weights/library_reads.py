@@ -48,18 +48,21 @@ def available() -> bool:
 class _Buffer:
     """Page-locked memory for one piece, and what reads into it.
 
-    Attributes:
-        memory: uint8.
-        address: of its first byte.
+    Args:
+        memory: uint8, of a piece.
         is_locked: whether it really is page-locked.
+
+    Attributes:
+        memory: as given.
+        address: of its first byte.
+        is_locked: as given.
         control_address: of the control block.
         errand: that it is read for.
     """
 
-    def __init__(self) -> None:
-        self.memory = host_buffer(PIECE_BYTES)
-        self.address = self.memory.data_ptr()
-        self.is_locked = self.memory.is_pinned()
+    def __init__(self, memory: torch.Tensor, *, is_locked: bool) -> None:
+        self.memory, self.is_locked = memory, is_locked
+        self.address = memory.data_ptr()
         self._bytes = self.memory.numpy().data
         control = bytearray(ctypes.sizeof(Control))
         self._control = Control.from_buffer(control)
@@ -99,6 +102,13 @@ class _Buffer:
             read = self._longs[_RESULT]
         if read != piece.size_bytes:  # no thread could be had, or the file is shorter than it was
             pieces.read_at(file, self._bytes[read : piece.size_bytes], piece.offset + read)
+
+
+def _buffers(count: int) -> list[_Buffer]:
+    """Several, made and page-locked as one: together they are touched by several threads first, which takes a third of the time."""
+    memory = host_buffer(count * PIECE_BYTES)
+    is_locked = memory.is_pinned()
+    return [_Buffer(part, is_locked=is_locked) for part in memory.split(PIECE_BYTES)]
 
 
 class _Lane:
@@ -245,8 +255,9 @@ class LibraryReads:
         piece = errand.piece
         try:
             if not self._free:
-                self._free.append(_Buffer())
-                self._unmade -= 1
+                made = _buffers(min(THREADS, self._unmade, 1 + len(self._errands)))
+                self._free += made
+                self._unmade -= len(made)
             with pieces.named(piece.path):
                 file = lane.file(piece.path, piece.modified_ns)
             self._free[-1].begin(errand, file, self._calls)

@@ -303,12 +303,34 @@ def test_memory_that_cannot_be_had_is_told(
     with monkeypatch.context() as patch:
         patch.setattr(library_reads, "host_buffer", refused)
         one.begin(reads)
-        with pytest.raises(MemoryError, match=f"no {PIECE} bytes"):
+        with pytest.raises(MemoryError, match=f"no {library_reads.THREADS * PIECE} bytes"):
             one.reading.wait()
     again = Wanted(tmp_path / "a", 3)
     calls.refuses = True
     again.begin(reads)
     assert again.arrived()
+
+
+@needs_library
+def test_buffers_are_made_together_for_no_more_than_waits(reads: LibraryReads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def watched(size_bytes: int) -> torch.Tensor:
+        made.append(size_bytes // PIECE)
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(library_reads, "host_buffer", watched)
+    few, many = Wanted(tmp_path / "a", 1), Wanted(tmp_path / "b", 60)
+    few.begin(reads)
+    assert few.arrived() and made == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(PlayedCopies, "are_over", lambda copies, copied: False)  # so that all buffers there may be are needed
+        many.begin(reads)
+        most, end = (library_reads.DEPTH + library_reads.SENT) * library_reads.THREADS, time.monotonic() + 20
+        while sum(len(filled) for sent in list(reads._sent.values()) for filled, _ in list(sent)) < most and time.monotonic() < end:
+            time.sleep(0.001)
+    assert many.arrived() and all_buffers_are_back(reads)
+    assert made == [1, 2, 2, 1] and most == 6
 
 
 @needs_library
