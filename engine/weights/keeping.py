@@ -107,14 +107,19 @@ class _Batch:
         waiting_bytes = 0
         for step in self.steps:
             if step.made is not None:
-                more = step.made([self.raws[source] for source in step.sources])
-                made.update(more)
-                waiting_bytes += sum(tensor.nbytes for tensor in more.values())
+                waiting_bytes += self._make(step, made)
                 if waiting_bytes > WAITING_BYTES:
                     self._keep(made)
                     waiting_bytes = 0
         self._keep(made)
         self.filling.unconverted -= 1
+
+    def _make(self, step: _Step, made: Tensors) -> int:
+        """Add what a step makes: how many bytes. Nobody else is to know it, as it may be large."""
+        assert step.made is not None
+        more = step.made([self.raws[source] for source in step.sources])
+        made.update(more)
+        return sum(tensor.nbytes for tensor in more.values())
 
     def _keep(self, made: Tensors) -> None:
         """Copy these to where they are kept, converted if they are of another dtype, and forget them.

@@ -159,7 +159,7 @@ LARGE = {"width": 512, "height": 512, "switch_step": 3, "guidance_scale": 1.0}
 
 @pytest.fixture
 def crowded(make_checkpoint):
-    """A handle for one GPU or two, and ballast for the last of them: forwards of ``LARGE`` need about 80 MiB for a moment, an expert takes 120."""
+    """A handle for one GPU or two, and ballast for the last of them: forwards of ``LARGE`` need some 70 MiB for a moment, an expert takes 82."""
 
     made: list[Ballast] = []
 

@@ -12,8 +12,10 @@ from wan_sharded.engine.transformer.self_attention import choose
 from wan_sharded.engine.transformer.wan_block import attend
 
 INSTALLED = any(importlib.util.find_spec(name) is not None for name in flash.MODULES)
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability(0) == flash.HOPPER
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not (INSTALLED and HOPPER), reason="needs a Hopper GPU and FlashAttention 3")]
+HOPPER = torch.cuda.is_available() and all(
+    torch.cuda.get_device_capability(index) == flash.HOPPER for index in range(torch.cuda.device_count())
+)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not (INSTALLED and HOPPER), reason="needs Hopper GPUs and FlashAttention 3")]
 MILLISECOND_CYCLES = 1_500_000
 
 

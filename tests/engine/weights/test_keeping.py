@@ -1,5 +1,6 @@
 """From each form of file to what is kept in memory: the same values to the last bit, each tensor read once, as large as was said."""
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,6 +16,8 @@ from wan_sharded.engine.checkpoints.single_file import open_expert_file
 from wan_sharded.engine.checkpoints.stored import ComponentFiles, StoredTensor
 from wan_sharded.engine.errors import CheckpointError
 from wan_sharded.engine.transformer.low_precision import quantized_rows
+from wan_sharded.engine.weights import keeping
+from wan_sharded.engine.weights.errands import Reading
 from wan_sharded.engine.weights.expert import CPU, Expert
 from wan_sharded.engine.weights.precision import Precision, block_matrices, resolve_precision
 
@@ -134,6 +137,7 @@ def test_lists_of_copies_are_alike(
     copy, lists = torch._foreach_copy_, []
 
     def watched(targets: list[torch.Tensor], sources: list[torch.Tensor], *, non_blocking: bool) -> None:
+        assert non_blocking
         pairs = zip(targets, sources, strict=True)
         lists.append({(to.device, to.dtype, of.device, of.dtype, to.stride() == of.stride()) for to, of in pairs})
         copy(targets, sources, non_blocking=non_blocking)
@@ -149,6 +153,42 @@ def test_lists_of_copies_are_alike(
             ((to_device, to, of_device, of, _),) = kinds
             assert to_device == home and of_device == converts
             assert to == of or home == converts
+        if form == "original_fp32" and choice == "bf16" and home == converts:
+            assert (BF16, F32) in [(to, of) for kinds in lists for _, to, _, of, _ in kinds], "the copy converts"
+
+
+@pytest.mark.parametrize(("form", "choice"), [("original_fp32", "bf16"), ("fp8_scaled_old", "default"), ("gguf_q4_k", "int8")])
+def test_what_a_gpu_converts_for_the_host_is_there(tiny_single_files: Path, form: str, choice: str, gpus: ImaginedGpus) -> None:
+    path = file_of(tiny_single_files, form)
+    expert, expected = (
+        Expert("high noise expert", open_expert_file(path), precision_of(path, choice)),
+        load(path, precision_of(path, choice)),
+    )
+    for part in expert.parts:
+        expert.bring(part, CPU, LAZY, packed=False)
+    assert same_bits(held(expert), held(expected))
+    assert {tensor.device for part in expert.parts for tensor in expert._holder.held(part).values()} == {CPU}
+
+
+def test_no_more_is_made_than_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it is copied to where it is kept; nobody knows it then."""
+    monkeypatch.setattr(keeping, "WAITING_BYTES", 2500)
+    made: list[weakref.ref[torch.Tensor]] = []
+    living: list[int] = []
+
+    def step(number: int) -> keeping._Step:
+        def make(raws: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+            tensor = torch.full((1000,), number, dtype=torch.uint8)
+            made.append(weakref.ref(tensor))
+            living.append(sum(one() is not None for one in made))
+            return {str(number): tensor}
+
+        return keeping._Step(str(number), (), make)
+
+    filling = keeping.Filling({str(number): torch.zeros(1000, dtype=torch.uint8) for number in range(8)}, unconverted=1)
+    keeping._Batch(filling, [step(number) for number in range(8)], {}, Reading()).convert()
+    assert living == [1, 2, 3, 1, 2, 3, 1, 2] and not any(one() is not None for one in made)
+    assert all((filling.views[str(number)] == number).all() for number in range(8)) and not filling.unconverted
 
 
 # ---- reading once, and memory
