@@ -103,9 +103,6 @@ class Errands:
         self._urgent: deque[Errand] = deque()
         self._others: deque[Errand] = deque()
 
-    def __bool__(self) -> bool:
-        return bool(self._urgent or self._others)
-
     def __len__(self) -> int:
         return len(self._urgent) + len(self._others)
 

@@ -159,7 +159,9 @@ LARGE = {"width": 512, "height": 512, "switch_step": 3, "guidance_scale": 1.0}
 
 @pytest.fixture
 def crowded(make_checkpoint):
-    """A handle for one GPU or two, and ballast for the last of them: forwards of ``LARGE`` need some 70 MiB for a moment, an expert takes 82."""
+    """A handle for one GPU or two, and ballast for the last of them. An expert takes 82 MiB; forwards of ``LARGE`` need, for a moment, more than
+    the ballast leaves.
+    """
 
     made: list[Ballast] = []
 
