@@ -3,7 +3,7 @@
     python benchmarks/loading.py [--layers 40] [--folder FOLDER] [--forms fp8,bf16,q4_k]
 
 Writes single files of the real 14B shape first (14 GB an expert in fp8, 29 GB in bf16, 9 GB in GGUF's Q4_K), then loads both experts as a run would: to the GPU, to page-locked host memory, and quantized on the way. Beside it: reading the file alone,
-copying over the link alone, and safetensors' own ``safe_open`` with ``.to("cuda")``. At last, LoRAs are added, made weaker, and removed.
+copying over the link alone, both at once with nothing else to be done, and safetensors' own ``safe_open`` with ``.to("cuda")``. At last, LoRAs are added, made weaker, and removed.
 """
 
 import argparse
@@ -44,6 +44,8 @@ from wan_sharded.engine.host_memory import host_buffer  # noqa: E402
 from wan_sharded.engine.owner import ModelOwner  # noqa: E402
 from wan_sharded.engine.planning.footprint import VideoShape  # noqa: E402
 from wan_sharded.engine.weights import library_reads  # noqa: E402
+from wan_sharded.engine.weights.errands import Errand, Reading  # noqa: E402
+from wan_sharded.engine.weights.pieces import Piece, Stretch  # noqa: E402
 
 GB, GIB = 1e9, 1024**3
 SHAPE = VideoShape(832, 480, 81)
@@ -197,6 +199,26 @@ def link_alone(size_bytes: int) -> float:
     return (time.perf_counter() - began) / 4 * size_bytes / memory.numel()
 
 
+def read_and_send_alone(path: Path) -> float:
+    """Seconds to read a file and send it to the GPU by what the pack uses, with every piece and every buffer at hand and nothing else to be done."""
+    size = path.stat().st_size
+    there, stream = torch.empty(size, dtype=torch.uint8, device="cuda"), torch.cuda.current_stream()
+    reads, seconds = library_reads.LibraryReads(library_reads.Buffers()), 0.0
+    for _ in range(2):  # the first time makes the buffers
+        torch.cuda.synchronize()
+        reading, step = Reading(), library_reads.PIECE_BYTES
+        targets = [Stretch(there, begin, min(step, size - begin)) for begin in range(0, size, step)]
+        errands = [Errand(Piece(path, 0, one.first, one.size_bytes, ((0, one),)), reading, stream) for one in targets]
+        reading.add(len(errands), size)
+        began = time.perf_counter()
+        reads.begin(errands, urgent=False)
+        reading.wait()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    reads.close()
+    return seconds
+
+
 def lock_alone(size_bytes: int, *, touched: bool) -> float:
     """Seconds to have so much new system memory page-locked: by the driver alone, or after several threads have touched it (host_buffer)."""
     step, seconds = 1024**3, 0.0
@@ -300,6 +322,10 @@ def main() -> None:
         words = f"reading alone, 12 threads, {SMALL_CHUNK // 1024**2} MiB each at a time, into new memory"
         rows.append(rate(case, words, form, both, sum(read_into_new(file, 12, SMALL_CHUNK) for file in pair)))
         rows.append(rate(case, "the link alone", form, both, link_alone(both)))
+        if library_reads.available():
+            words = "reading and sending alone, as the pack does, all pieces at hand"
+            rows.append(rate(case, words, form, both, sum(read_and_send_alone(file) for file in pair)))
+            torch.cuda.empty_cache()
         if form == "fp8":
             for touched, what in ((False, "page-locking alone"), (True, "page-locking alone, touched by threads first")):
                 rows.append(rate(case, what, form, both, lock_alone(both, touched=touched)))

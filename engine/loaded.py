@@ -306,6 +306,8 @@ class LoadedModel:
 
         if is_short():
             self._host_pool.clear()
+            for expert in self.experts.values():
+                expert.give_back_buffers()
         for part, expert in self.experts.items():
             for name in expert.parts_on(CPU):
                 if not is_short():
@@ -372,6 +374,7 @@ class LoadedModel:
             for name in expert.parts:
                 expert.drop(name)
             expert.close_files()
+            expert.give_back_buffers()
         self._host_pool.clear()
 
     def planned(self) -> Plan:

@@ -86,9 +86,9 @@ class Reading:
             self._error = None  # which knows this reading, and so the memory it was to fill
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Errand:
-    """A piece that is to be read for somebody, and the GPU's stream it is to be sent in."""
+    """A piece that is to be read for somebody, and the GPU's stream it is to be sent in. Not frozen, as pieces."""
 
     piece: Piece
     reading: Reading

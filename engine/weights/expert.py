@@ -89,6 +89,7 @@ class Expert:
         self._layouts: dict[Any, Layout] = {}
         self._layouts_of: dict[tuple[str, Any], Layout] = {}
         self._fetches: list[hooks.FetchHook] = []
+        self._may_have_hooks = False
         # Part -> what of it may not be where it is said to be yet.
         self._arriving: dict[str, Filling] = {}
 
@@ -171,7 +172,7 @@ class Expert:
         """A block's weights by their names inside it, where they are now (see wan_block.py)."""
         packed = self._packed.get(part)
         if packed is not None:
-            return packed.layout.bind(packed.flat)
+            return packed.layout.bind(packed.flat, self._holder.held(part))
         return {**self._holder.held(part), **self.layout(part).kinds}
 
     # ---- moving parts
@@ -289,8 +290,12 @@ class Expert:
         self._keeper.reader.check_mapped()
 
     def close_files(self) -> None:
-        """Let go of what reading took, once everything is at home."""
+        """Let go of what reading took, once everything is at home. Some page-locked memory is kept for more of it."""
         self._keeper.close()
+
+    def give_back_buffers(self) -> None:
+        """Let go of that memory, too."""
+        self._keeper.reader.give_back_buffers()
 
     def _read(self, part: str, device: torch.device, convert_on: torch.device, *, packed: bool, later: bool) -> None:
         """Read a part from its files to a device."""
@@ -414,13 +419,15 @@ class Expert:
             if part not in self.model._parameters
         }
         offloaded = frozenset(part for part in placement.offloaded if part in execution)
+        self._may_have_hooks = True  # also where this is interrupted
         self._fetches = hooks.attach(self.model, execution, offloaded, main, check_cancelled, ceilings)
 
     def undispatch(self) -> None:
         """Take all hooks off; the parts stay where they are."""
         self.release_fetched()
-        remove_hook_from_module(self.model, recurse=True)
-        self._fetches = []
+        if self._may_have_hooks:  # looking for them takes milliseconds, and this is asked for each part that leaves
+            remove_hook_from_module(self.model, recurse=True)
+        self._may_have_hooks, self._fetches = False, []
 
     def clear_fetch_room(self) -> None:
         """Give back what fetched weights stood in; it is made again at the next forward."""

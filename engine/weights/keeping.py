@@ -257,7 +257,7 @@ class Keeper:
         self.reader.stop()
 
     def close(self) -> None:
-        """Let go of what reading took, too."""
+        """Let go of what reading took, too, but for the buffers that are kept for more of it."""
         self._waiting.clear()
         self.reader.close()
 

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -104,11 +104,48 @@ class _Buffer:
             pieces.read_at(file, self._bytes[read : piece.size_bytes], piece.offset + read)
 
 
-def _buffers(count: int) -> list[_Buffer]:
-    """Several, made and page-locked as one: together they are touched by several threads first, which takes a third of the time."""
-    memory = host_buffer(count * PIECE_BYTES)
-    is_locked = memory.is_pinned()
-    return [_Buffer(part, is_locked=is_locked) for part in memory.split(PIECE_BYTES)]
+class Buffers:
+    """What pieces are read into: made where it is needed, and kept for whoever reads next, since page-locking takes longer than reading.
+
+    For one :class:`LibraryReads` at a time.
+    """
+
+    def __init__(self) -> None:
+        # Used again last in, first out: what was just sent is still in the processor's cache.
+        self._free: list[_Buffer] = []
+        self._unmade = (DEPTH + SENT) * THREADS
+
+    def __bool__(self) -> bool:
+        """Whether there is one to be taken."""
+        return bool(self._free or self._unmade)
+
+    def __iter__(self) -> Iterator[_Buffer]:
+        """Those that wait to be taken."""
+        return iter(self._free)
+
+    def take(self, wanted: int) -> _Buffer:
+        """One of them.
+
+        Args:
+            wanted: how many will be taken soon: so many are made and page-locked as one, if any must be. Together they are touched by several
+                threads first, which takes a third of the time.
+        """
+        if not self._free:
+            memory = host_buffer(min(THREADS, self._unmade, wanted) * PIECE_BYTES)
+            is_locked = memory.is_pinned()
+            self.give([_Buffer(part, is_locked=is_locked) for part in memory.split(PIECE_BYTES)])
+            self._unmade -= len(self._free)
+        return self._free.pop()
+
+    def give(self, buffers: Iterable[_Buffer]) -> None:
+        """Have these taken next."""
+        self._free += buffers
+
+    def forget_unlocked(self) -> None:
+        """Let those go that could not be page-locked, which may go well next time."""
+        before = len(self._free)
+        self._free = [buffer for buffer in self._free if buffer.is_locked]
+        self._unmade += before - len(self._free)
 
 
 class _Lane:
@@ -141,11 +178,14 @@ class _Lane:
 class LibraryReads:
     """Does errands for GPUs, several at a time: in :data:`THREADS` threads of the C library's, or as many as it has.
 
+    Args:
+        buffers: to read into.
+
     Raises:
         RuntimeError: there is no thread to be had.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: Buffers) -> None:
         calls = asynchronous_reads()
         assert calls is not None
         self._calls, self._copies = calls, DriverCopies(cuda_driver())
@@ -154,22 +194,20 @@ class LibraryReads:
         self._thread.submit(lambda: None)  # a thread that can't be had is said here
         self._lanes = [_Lane() for _ in range(THREADS)]
         self._waiting = (ctypes.c_void_p * THREADS)()
-        # Used again last in, first out: what was just sent is still in the processor's cache.
-        self._free: list[_Buffer] = []
-        self._unmade = (DEPTH + SENT) * THREADS
+        self._buffers = buffers
         # By stream: a GPU may be busy for long, while another one is not.
         self._sent: dict[torch.cuda.Stream, deque[tuple[list[_Buffer], Copied]]] = {}
         self._more = threading.Event()
         self._at_work = False
 
     def close(self) -> None:
-        """Give files, buffers and the thread back, when nothing is left to be done."""
+        """Give files and the thread back, when nothing is left to be done. All buffers may be let go then."""
         self._thread.shutdown()  # which ends when all copies have arrived
         for lane in self._lanes:
             lane.close()
-        for buffer in self._free:  # the library may just be leaving its control block
+        for buffer in self._buffers:  # the library may just be leaving its control block
             self._calls.error(buffer.control_address)
-        self._free.clear()
+        self._buffers.forget_unlocked()
 
     def begin(self, wanted: Sequence[Errand], *, urgent: bool) -> None:
         """Have errands done; where that can't be, none of them is still to be done.
@@ -244,7 +282,7 @@ class LibraryReads:
                     self._errands.leave_out_stopped()
                     if not self._errands:
                         return True
-                    if not self._free and not self._unmade:
+                    if not self._buffers:
                         return False
                     self._begin_read(lane)
         return False
@@ -252,17 +290,16 @@ class LibraryReads:
     def _begin_read(self, lane: _Lane) -> None:
         errand = self._errands.take()
         assert errand is not None, "nobody else takes any"
-        piece = errand.piece
+        piece, buffer = errand.piece, None
         try:
-            if not self._free:
-                made = _buffers(min(THREADS, self._unmade, 1 + len(self._errands)))
-                self._free += made
-                self._unmade -= len(made)
+            buffer = self._buffers.take(1 + len(self._errands))
             with pieces.named(piece.path):
                 file = lane.file(piece.path, piece.modified_ns)
-            self._free[-1].begin(errand, file, self._calls)
-            lane.reading.append(self._free.pop())
+            buffer.begin(errand, file, self._calls)
+            lane.reading.append(buffer)
         except BaseException as error:
+            if buffer is not None:
+                self._give_back([buffer])
             errand.reading.done(error)
 
     def _end_reads(self, lanes: Sequence[_Lane]) -> None:
@@ -310,4 +347,4 @@ class LibraryReads:
     def _give_back(self, buffers: Sequence[_Buffer]) -> None:
         for buffer in buffers:
             buffer.errand = None
-        self._free += buffers
+        self._buffers.give(buffers)

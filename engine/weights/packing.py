@@ -95,9 +95,14 @@ class Layout:
         self._pieces[name] = _Piece(offset, spec)
         self.total_bytes = offset + spec.size_bytes
 
-    def bind(self, flat: torch.Tensor) -> dict[str, Any]:
-        """The tensors, by name, as views of ``flat``: uint8 [total_bytes] on any device; and the kinds."""
-        return {**_views({**self._pieces, **self._wholes}, flat), **self.kinds}
+    def bind(self, flat: torch.Tensor, views: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+        """The tensors, by name, as views of ``flat``: uint8 [total_bytes] on any device; and the kinds.
+
+        Args:
+            flat: the memory.
+            views: of it, where :meth:`views` made them before.
+        """
+        return {**(self.views(flat) if views is None else views), **_views(self._wholes, flat), **self.kinds}
 
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors that were asked for, by name, as views of ``flat``."""

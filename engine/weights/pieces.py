@@ -7,7 +7,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -55,9 +55,12 @@ class Stretch(NamedTuple):
         return self.memory if is_all else self.memory[self.first : self.first + self.size_bytes]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Piece:
-    """A stretch of a file, and where its parts go: offsets within it, and memory on one device."""
+    """A stretch of a file, and where its parts go: offsets within it, and memory on one device.
+
+    Not frozen: there are thousands, and making them would take three times as long.
+    """
 
     path: Path
     modified_ns: int
@@ -77,11 +80,7 @@ def pieces_of(wanted: Sequence[tuple[StoredTensor, Stretch]], most_bytes: int) -
         run = [pair for _, pair in near]
         first, last = run[0][0], run[-1][0]
         size = last.offset + last.size_bytes - first.offset
-        each = -(-size // max(1, -(-size // most_bytes)))
-        for _, parts in groupby(_cut(run, each), key=lambda part: (part[0] - first.offset) // each):
-            targets = list(parts)
-            offset, end = targets[0][0], targets[-1][0] + targets[-1][1].size_bytes
-            yield Piece(first.file, first.modified_ns, offset, end - offset, tuple((place - offset, part) for place, part in targets))
+        yield from _cut(run, -(-size // max(1, -(-size // most_bytes))))
 
 
 def _whose(pair: tuple[StoredTensor, Any]) -> tuple[str, int, str]:
@@ -95,19 +94,29 @@ def numbered_runs(ordered: Sequence[tuple[StoredTensor, Target]]) -> Iterator[tu
     for pair in ordered:
         stored = pair[0]
         if stored.size_bytes:
-            if _whose(pair) != whose or not end <= stored.offset <= end + GAP_BYTES:
-                number, whose = number + 1, _whose(pair)
+            before, whose = whose, _whose(pair)
+            if whose != before or not end <= stored.offset <= end + GAP_BYTES:
+                number += 1
             end = stored.offset + stored.size_bytes
             yield number, pair
 
 
-def _cut(run: Sequence[tuple[StoredTensor, Stretch]], each: int) -> Iterator[tuple[int, Stretch]]:
-    """Parts of tensors with their places in the file, none across a multiple of so many bytes from the first one's."""
-    first = run[0][0].offset
-    for stored, target in run:
-        begin, end = stored.offset - first, stored.offset - first + stored.size_bytes
-        cuts = [begin, *range((begin // each + 1) * each, end, each), end]
-        yield from ((first + a, Stretch(target.memory, target.first + a - begin, b - a)) for a, b in pairwise(cuts))
+def _cut(run: Sequence[tuple[StoredTensor, Stretch]], each: int) -> Iterator[Piece]:
+    """A run at each multiple of so many bytes from its beginning. Pieces begin and end with a part of a tensor."""
+    file, modified_ns, run_offset = run[0][0].file, run[0][0].modified_ns, run[0][0].offset
+    parts: list[tuple[int, Stretch]] = []
+    offset, following = run_offset, run_offset + each
+    for stored, (memory, first, _) in run:
+        place, left = stored.offset, stored.size_bytes
+        while left:
+            if place >= following:
+                yield Piece(file, modified_ns, offset, parts[-1][0] + parts[-1][1].size_bytes, tuple(parts))
+                parts, offset = [], place
+                following = place - (place - run_offset) % each + each
+            size = min(left, following - place)
+            parts.append((place - offset, Stretch(memory, first, size)))
+            place, first, left = place + size, first + size, left - size
+    yield Piece(file, modified_ns, offset, parts[-1][0] + parts[-1][1].size_bytes, tuple(parts))
 
 
 def read_alone(piece: Piece) -> None:

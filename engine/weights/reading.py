@@ -13,9 +13,9 @@ import torch
 from ..checkpoints.stored import StoredTensor
 from . import library_reads, pieces
 from .errands import Errand, Reading
-from .library_reads import LibraryReads
+from .library_reads import Buffers, LibraryReads
 from .mapping import MappedFiles
-from .pieces import Piece, Stretch
+from .pieces import Stretch
 from .precision import stored_dtype
 from .thread_reads import ThreadReads
 
@@ -40,17 +40,22 @@ class TensorReader:
     def __init__(self) -> None:
         self._thread_reads: ThreadReads | None = None
         self._library_reads: LibraryReads | None = None
+        self._buffers: Buffers | None = None
         self._under_way: list[Reading] = []
         self._mapped = MappedFiles()
 
     def close(self) -> None:
-        """Give files, buffers and threads back; they are made again when needed."""
+        """Give files and threads back; they are made again when needed."""
         self.stop()
         if self._thread_reads is not None:
             self._thread_reads.close()
         if self._library_reads is not None:
             self._library_reads.close()
         self._thread_reads = self._library_reads = None
+
+    def give_back_buffers(self) -> None:
+        """Give back the page-locked memory that is kept for what goes to GPUs, up to 168 MiB; after what is under way, if anything is."""
+        self._buffers = None
 
     # ---- what is wanted
 
@@ -90,27 +95,28 @@ class TensorReader:
         than ``AHEAD_BYTES`` of it all is still on its way then, but for what is begun here. All memory must stay until it was waited for, with
         :meth:`Reading.wait` or :meth:`finish`, or let go with :meth:`stop`, which whoever meets an error must call.
         """
-        stretches = [(stored, Stretch.of(target)) for stored, target in wanted]
-        for stored, target in stretches:
-            if target.device.type not in ("cpu", "cuda"):
-                target.view().copy_(self.mapped(stored).reshape(-1).view(torch.uint8))
-        direct = [pair for pair in stretches if pair[1].device.type in ("cpu", "cuda")]
-        in_place = list(pieces.pieces_of([pair for pair in direct if pair[1].device == CPU], pieces.PIECE_BYTES))
-        for_gpus = [pair for pair in direct if pair[1].device != CPU]
-        sends = self._library if for_gpus and library_reads.available() else self._threads
-        to_gpus = list(pieces.pieces_of(for_gpus, library_reads.PIECE_BYTES if sends == self._library else pieces.PIECE_BYTES))
-        cut = [*in_place, *to_gpus]
-        for path, modified_ns in dict.fromkeys((piece.path, piece.modified_ns) for piece in cut):
+        by_device = self._direct(wanted)
+        direct = [stored for pairs in by_device.values() for stored, _ in pairs]
+        for path, modified_ns in dict.fromkeys((stored.file, stored.modified_ns) for stored in direct):
             with pieces.named(path):  # threads may have it open under this name from before
                 pieces.check_unchanged(path, path.stat(), modified_ns)
         reading, before = Reading(), [other for other in self._under_way if other.unfinished_bytes]
-        if not cut:
+        if not direct:
             return reading
-        if not before and len(in_place) == 1 and not to_gpus:
+        in_place = list(pieces.pieces_of(by_device.pop(CPU, ()), pieces.PIECE_BYTES))
+        if not before and len(in_place) == 1 and not by_device:
             pieces.read_alone(in_place[0])  # not worth a thread
             return reading
+        by_library = bool(by_device) and library_reads.available()
+        most_bytes = library_reads.PIECE_BYTES if by_library else pieces.PIECE_BYTES
         self._under_way = [*before, reading]
-        self._submit([(self._threads, in_place), (sends, to_gpus)], reading, urgent=urgent)
+        to_host = [Errand(piece, reading, None) for piece in in_place]
+        to_gpus: list[Errand] = []
+        for device, pairs in by_device.items():
+            stream = torch.cuda.current_stream(device)
+            to_gpus += [Errand(piece, reading, stream) for piece in pieces.pieces_of(pairs, most_bytes)]
+        work = [(self._threads, to_host), (self._library if by_library else self._threads, to_gpus)]
+        self._submit(work, reading, sum(stored.size_bytes for stored in direct), urgent=urgent)
         for earlier in before:
             if sum(other.unfinished_bytes for other in self._under_way) > AHEAD_BYTES:
                 earlier.wait()
@@ -132,12 +138,26 @@ class TensorReader:
 
     # ---- how
 
-    def _submit(self, work: Sequence[tuple[Callable[[], Reads], Sequence[Piece]]], reading: Reading, *, urgent: bool) -> None:
-        """Have pieces read by somebody; where that can't be, none of them is still to be read."""
-        streams = {piece.device: None for _, cut in work for piece in cut}
-        streams = {device: None if device == CPU else torch.cuda.current_stream(device) for device in streams}
-        begun = [(reads(), [Errand(piece, reading, streams[piece.device]) for piece in cut]) for reads, cut in work if cut]
-        reading.add(sum(len(cut) for _, cut in work), sum(piece.size_bytes for _, cut in work for piece in cut))
+    def _direct(
+        self, wanted: Sequence[tuple[StoredTensor, torch.Tensor | Stretch]]
+    ) -> dict[torch.device, list[tuple[StoredTensor, Stretch]]]:
+        """By device, what is read to where it goes, without what has no byte; what goes elsewhere is copied there now."""
+        found: dict[torch.device, list[tuple[StoredTensor, Stretch]]] = {}
+        for stored, target in wanted:
+            stretch = Stretch.of(target)
+            device = stretch.device
+            if device.type not in ("cpu", "cuda"):
+                stretch.view().copy_(self.mapped(stored).reshape(-1).view(torch.uint8))
+            elif stored.size_bytes:
+                found.setdefault(device, []).append((stored, stretch))
+        return found
+
+    def _submit(
+        self, work: Sequence[tuple[Callable[[], Reads], Sequence[Errand]]], reading: Reading, size_bytes: int, *, urgent: bool
+    ) -> None:
+        """Have errands done by somebody; where that can't be, none of them is still to be done."""
+        begun = [(reads(), errands) for reads, errands in work if errands]
+        reading.add(sum(len(errands) for _, errands in begun), size_bytes)
         while begun:
             reads, errands = begun.pop()
             try:
@@ -155,5 +175,7 @@ class TensorReader:
 
     def _library(self) -> LibraryReads:
         if self._library_reads is None:
-            self._library_reads = LibraryReads()
+            if self._buffers is None:
+                self._buffers = Buffers()
+            self._library_reads = LibraryReads(self._buffers)
         return self._library_reads

@@ -26,7 +26,7 @@ from wan_sharded.engine.errors import CheckpointError
 from wan_sharded.engine.weights import library_reads
 from wan_sharded.engine.weights.errands import Errand, Reading
 from wan_sharded.engine.weights.library_calls import Control, asynchronous_reads
-from wan_sharded.engine.weights.library_reads import LibraryReads
+from wan_sharded.engine.weights.library_reads import Buffers, LibraryReads
 from wan_sharded.engine.weights.pieces import Piece, Stretch
 
 pytestmark = [pytest.mark.usefixtures("small_pieces"), pytest.mark.timeout(60)]
@@ -99,7 +99,7 @@ def reads(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
     monkeypatch.setattr(library_reads, "THREADS", 2)
     if "calls" in request.fixturenames:
         request.getfixturevalue("calls")
-    made = LibraryReads()
+    made = LibraryReads(Buffers())
     yield made
     closing = threading.Thread(target=made.close, daemon=True)
     closing.start()
@@ -142,8 +142,9 @@ def all_buffers_are_back(reads: LibraryReads) -> bool:
     while reads._at_work and time.monotonic() < end:
         time.sleep(0.001)
     assert not any(reads._sent.values())
-    made = (library_reads.DEPTH + library_reads.SENT) * library_reads.THREADS - reads._unmade
-    return len(reads._free) == len(set(map(id, reads._free))) == made and all(buffer.errand is None for buffer in reads._free)
+    made = (library_reads.DEPTH + library_reads.SENT) * library_reads.THREADS - reads._buffers._unmade
+    free = list(reads._buffers)
+    return len(free) == len(set(map(id, free))) == made and all(buffer.errand is None for buffer in free)
 
 
 @needs_library
@@ -162,7 +163,7 @@ def test_each_piece_in_its_own_stream(reads: LibraryReads, tmp_path: Path) -> No
 def test_nothing_is_left_when_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No thread, no open file; each file was opened once in each lane."""
     monkeypatch.setattr(library_reads, "DriverCopies", PlayedCopies)
-    reads, opened, real = LibraryReads(), [], Path.open
+    reads, opened, real = LibraryReads(Buffers()), [], Path.open
 
     def watched(path: Path, *arguments: Any, **options: Any) -> Any:
         file = real(path, *arguments, **options)
@@ -504,7 +505,7 @@ def test_memory_that_is_not_locked_is_said_to_be_so(reads: LibraryReads, tmp_pat
     )
     for locked in (False, True):
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor, locked=locked: locked)
-        fresh = LibraryReads()
+        fresh = LibraryReads(Buffers())
         one = Wanted(tmp_path / "a", 4)
         one.begin(fresh)
         assert one.arrived() and set(found) == {locked}

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from wan_sharded.engine.parallel.functions import BlockFunctions
 from wan_sharded.engine.parallel.workers import Worker
 from wan_sharded.engine.planning.placement import HOST, Placement
 from wan_sharded.engine.transformer.low_precision import MULTIPLIED
+from wan_sharded.engine.weights import expert as expert_module
+from wan_sharded.engine.weights import hooks
 from wan_sharded.engine.weights.expert import CPU, Expert
 from wan_sharded.engine.weights.precision import Precision, block_matrices, resolve_precision
 
@@ -200,3 +203,25 @@ def test_what_is_fetched_needs_the_room_of_the_largest_block(mixed: dict[str, Pa
         assert relative(output(model, GIVEN), expected_of(mixed[HIGH_NOISE])) < ROUNDING
         gc.collect()
         assert gpus.live_bytes(0) - before <= expert.largest_block_bytes
+
+
+def test_hooks_are_looked_for_where_there_may_be_some(tiny_single_files: Path, gpus: ImaginedGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes milliseconds, and is asked for each part that leaves a GPU."""
+    expert = expert_in(file_of(tiny_single_files, FORMS[0]))
+    removed: list[Any] = []
+    remove = expert_module.remove_hook_from_module
+    monkeypatch.setattr(
+        expert_module, "remove_hook_from_module", lambda model, recurse: (removed.append(model), remove(model, recurse=recurse))[1]
+    )
+    expert.undispatch()
+    assert not removed
+    for attach_fails in (False, True):
+        if attach_fails:
+            monkeypatch.setattr(hooks, "attach", lambda *given, attach=hooks.attach: (attach(*given), 1 / 0))
+        with pytest.raises(ZeroDivisionError) if attach_fails else nullcontext():
+            one_after_the_other(expert, [LAZY[1], PACKED])
+        assert any(hasattr(module, "_hf_hook") for module in expert.model.modules())
+        expert.undispatch()
+        expert.undispatch()
+        assert not any(hasattr(module, "_hf_hook") for module in expert.model.modules()) and removed == [expert.model]
+        removed.clear()

@@ -1,0 +1,103 @@
+"""What the C library's threads read into on the way to GPUs: made together, kept for the next load, given back with the model."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from engine_bench import Bench
+from played_streams import PlayedCopies, PlayedStream
+from read_files import PIECE, parts_of_one_file
+from wan_sharded.engine import loaded, open_model
+from wan_sharded.engine.system_memory import SystemMemory
+from wan_sharded.engine.weights import library_reads, reading
+from wan_sharded.engine.weights.library_calls import asynchronous_reads
+from wan_sharded.engine.weights.library_reads import Buffers
+from wan_sharded.engine.weights.reading import TensorReader
+
+needs_library = pytest.mark.skipif(asynchronous_reads() is None, reason="no C library that reads in threads of its own")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, small_pieces: None) -> list[int]:
+    """How many pieces each call made room for."""
+    found: list[int] = []
+
+    def watched(size_bytes: int) -> torch.Tensor:
+        found.append(size_bytes // PIECE)
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(library_reads, "host_buffer", watched)
+    monkeypatch.setattr(library_reads, "THREADS", 2)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    return found
+
+
+def test_as_many_are_made_as_are_wanted_soon_and_may_be(made: list[int]) -> None:
+    buffers, taken = Buffers(), []
+    for wanted in (1, 5, 5, 5, 5, 5):  # three for each of two threads
+        assert buffers
+        taken.append(buffers.take(wanted))
+    assert made == [1, 2, 2, 1] and not buffers
+    assert len({buffer.address for buffer in taken}) == 6 and all(buffer.memory.numel() == PIECE for buffer in taken)
+    buffers.give(taken[1:3])
+    assert [buffers.take(5), buffers.take(5)] == [taken[2], taken[1]], "what came back last is still in the processor's cache"
+
+
+def test_those_that_could_not_be_locked_are_made_again(made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = Buffers()
+    locked = [buffers.take(2), buffers.take(2)]
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
+    others = [buffers.take(2), buffers.take(2)]
+    buffers.give(locked + others)
+    buffers.forget_unlocked()
+    assert list(buffers) == locked
+    made.clear()
+    again = [buffers.take(9) for _ in range(6)]
+    assert made == [2, 2] and not buffers and not set(others) & set(again)
+
+
+@needs_library
+def test_a_reader_keeps_them_until_they_are_given_back(made: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = PlayedStream()
+    monkeypatch.setattr(library_reads, "available", lambda: True)
+    monkeypatch.setattr(library_reads, "DriverCopies", PlayedCopies)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(reading, "CPU", torch.device("meta"))  # so that the CPU is played for a GPU
+    reader, counts = TensorReader(), []
+    for turn in range(4):
+        stored, targets, content = parts_of_one_file(tmp_path / str(turn), 3)
+        reader.read_into(list(zip(stored, targets, strict=True)))
+        stream.synchronize()
+        assert torch.equal(torch.cat(targets), content[: 12 * PIECE])
+        reader.close()
+        counts.append(sum(made))
+        if turn == 1:
+            assert reader._buffers is not None
+            memory = [weakref.ref(buffer) for buffer in reader._buffers]
+            reader.give_back_buffers()
+            gc.collect()
+            assert memory and not any(buffer() for buffer in memory)
+    # How many are needed depends on how fast copies arrive.
+    assert counts[0] <= counts[1] <= 6 < counts[2] + 1 <= counts[3] + 1 and counts[2] > counts[1]
+
+
+@pytest.mark.parametrize("when", ["released", "frames need the room"])
+def test_a_model_gives_them_back(
+    bench: Callable[..., Bench], make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    one, given = bench(), []
+    one.run(open_model(make_checkpoint(num_blocks=2), weight_dtype="fp32"))
+    monkeypatch.setattr(TensorReader, "give_back_buffers", lambda reader: given.append(reader))
+    model = one.owner.loaded
+    assert model is not None
+    model.make_room_for_frames()
+    assert not given, "there is room"
+    if when == "released":
+        one.owner.release()
+    else:
+        monkeypatch.setattr(loaded, "system_memory", lambda: SystemMemory(2**36, 0))
+        model.make_room_for_frames()
+    assert {id(reader) for reader in given} == {id(expert._keeper.reader) for expert in model.experts.values()}
