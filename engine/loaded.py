@@ -298,7 +298,8 @@ class LoadedModel:
                 self._host_pool.clear()
 
     def make_room_for_frames(self) -> None:
-        """Have system memory for the run's frames: weights that wait there are let go, and read from their files again when needed."""
+        """Have system memory for the run's frames: what waits there unused is let go, and then weights, which are read from their files again
+        when needed."""
         plan = self.planned()
 
         def is_short() -> bool:

@@ -113,7 +113,7 @@ class Buffers:
     def __init__(self) -> None:
         # Used again last in, first out: what was just sent is still in the processor's cache.
         self._free: list[_Buffer] = []
-        self._unmade = (DEPTH + SENT) * THREADS
+        self._most = self._unmade = (DEPTH + SENT) * THREADS
 
     def __bool__(self) -> bool:
         """Whether there is one to be taken."""
@@ -141,11 +141,11 @@ class Buffers:
         """Have these taken next."""
         self._free += buffers
 
-    def forget_unlocked(self) -> None:
-        """Let those go that could not be page-locked, which may go well next time."""
-        before = len(self._free)
+    def settle(self) -> None:
+        """When nothing is under way: have those made anew that could not be page-locked, which may go well next time, or that did not come
+        back after an error."""
         self._free = [buffer for buffer in self._free if buffer.is_locked]
-        self._unmade += before - len(self._free)
+        self._unmade = self._most - len(self._free)
 
 
 class _Lane:
@@ -207,7 +207,8 @@ class LibraryReads:
             lane.close()
         for buffer in self._buffers:  # the library may just be leaving its control block
             self._calls.error(buffer.control_address)
-        self._buffers.forget_unlocked()
+        self._buffers.settle()
+        self._buffers = Buffers()  # an error that is being handled may know this object, and is not to keep their memory
 
     def begin(self, wanted: Sequence[Errand], *, urgent: bool) -> None:
         """Have errands done; where that can't be, none of them is still to be done.
@@ -269,6 +270,11 @@ class LibraryReads:
                     self._give_back([buffer])
                 else:  # without asking anything that may be what went wrong
                     time.sleep(LOOK_AT_COPIES_S)
+        for stream, sent in self._sent.items():
+            with suppress(RuntimeError):  # the GPU failed, which whoever uses it next is told too
+                stream.synchronize()
+            while sent:
+                self._give_back(sent.popleft()[0])
         with self._errands.lock:
             self._at_work = False
             while (errand := self._errands.take()) is not None:
@@ -295,10 +301,12 @@ class LibraryReads:
             buffer = self._buffers.take(1 + len(self._errands))
             with pieces.named(piece.path):
                 file = lane.file(piece.path, piece.modified_ns)
+            lane.reading.append(buffer)  # before it is begun: from then on nobody else may have it
             buffer.begin(errand, file, self._calls)
-            lane.reading.append(buffer)
         except BaseException as error:
             if buffer is not None:
+                if buffer in lane.reading:
+                    lane.reading.remove(buffer)
                 self._give_back([buffer])
             errand.reading.done(error)
 

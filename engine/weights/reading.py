@@ -33,8 +33,8 @@ Reads = ThreadReads | LibraryReads
 class TensorReader:
     """Reads tensors of one model's files. Not to be used by two threads at once.
 
-    Raises (all methods but :meth:`close` and :meth:`stop`): :class:`CheckpointError` where a file can't be read any more, or has become
-    shorter.
+    Raises (all methods but :meth:`close`, :meth:`stop` and :meth:`give_back_buffers`): :class:`CheckpointError` where a file can't be read any
+    more, or has become shorter.
     """
 
     def __init__(self) -> None:

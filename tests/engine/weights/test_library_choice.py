@@ -102,6 +102,39 @@ def test_where_one_way_refuses_nobody_waits_for_the_other(tmp_path: Path, monkey
     reader.close()
 
 
+def test_each_gpu_has_its_own_stream_and_all_bytes_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what goes to the CPU alone does not ask for the library, which would make a thread."""
+    asked: list[bool] = []
+    monkeypatch.setattr(library_reads, "available", lambda: (asked.append(True), False)[1])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
+    begun: list[Errand] = []
+    monkeypatch.setattr(ThreadReads, "begin", lambda reads, wanted, *, urgent: begun.extend(wanted))
+    stored, targets, _ = parts_of_one_file(tmp_path / "a", 4)
+
+    class OnGpu:
+        """As a tensor there would be."""
+
+        def __init__(self, index: int) -> None:
+            self.device = torch.device("cuda", index)
+
+        def numel(self) -> int:
+            return 4 * PIECE
+
+    reader = TensorReader()
+    readings = [reader.begin(list(zip(stored, targets, strict=True)))]
+    assert not asked and {errand.stream for errand in begun} == {None}
+    there: list[Any] = [OnGpu(1), OnGpu(0), OnGpu(1)]
+    readings.append(reader.begin([(stored[0], targets[0]), *zip(stored[1:], there, strict=True)]))
+    assert asked
+    assert [reading.unfinished_bytes for reading in readings] == [16 * PIECE, 16 * PIECE]
+    streams = {(errand.piece.targets[0][1].memory, errand.stream) for errand in begun if errand.stream is not None}
+    assert streams == {(one, f"of {one.device}") for one in there}
+    for errand in begun:
+        errand.reading.done()
+    assert [reading.unfinished_bytes for reading in readings] == [0, 0]
+    reader.close()
+
+
 # ---- whether the libraries are there
 
 

@@ -40,12 +40,14 @@ class PlayedCalls:
         asked: addresses of control blocks whose reads have not ended.
         waits: how long it was waited each time, in seconds; None where there was no limit.
         refuses: no thread can be had.
+        asked_how: addresses of control blocks whose errors were asked for.
     """
 
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.waits: list[float | None] = []
         self.refuses = False
+        self.asked_how: list[int] = []
         self.ended: set[int] = set()
         self._changed = threading.Condition()
 
@@ -59,6 +61,7 @@ class PlayedCalls:
         return 0
 
     def error(self, address: int) -> int:
+        self.asked_how.append(address)
         return Control.from_address(address).error
 
     def wait(self, addresses: Any, count: int, limit: Any) -> int:
@@ -492,6 +495,38 @@ def test_a_file_that_is_gone_is_named(reads: LibraryReads, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"gone\.safetensors could not be read"):
         one.reading.wait()
     assert all_buffers_are_back(reads)
+
+
+def test_the_library_is_done_with_control_blocks_when_it_is_closed(
+    calls: PlayedCalls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library_reads, "DriverCopies", PlayedCopies)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    calls.refuses = True
+    buffers = Buffers()
+    reads, one = LibraryReads(buffers), Wanted(tmp_path / "a", 5)
+    one.begin(reads)
+    assert one.arrived() and not calls.asked_how
+    reads.close()
+    assert calls.asked_how and sorted(calls.asked_how) == sorted(buffer.control_address for buffer in buffers)
+
+
+def test_what_cannot_be_begun_is_free_for_others(
+    reads: LibraryReads, calls: PlayedCalls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(address: int) -> int:
+        raise MemoryError("no room for it")
+
+    one, again = Wanted(tmp_path / "a", 5), Wanted(tmp_path / "b", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(calls, "read", refused)
+        one.begin(reads)
+        with pytest.raises(MemoryError, match="no room for it"):
+            one.reading.wait()
+        assert all_buffers_are_back(reads) and not any(lane.reading for lane in reads._lanes)
+    calls.refuses = True
+    again.begin(reads)
+    assert again.arrived()
 
 
 @needs_library

@@ -1,9 +1,11 @@
 """What the C library's threads read into on the way to GPUs: made together, kept for the next load, given back with the model."""
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from engine_bench import Bench
 from played_streams import PlayedCopies, PlayedStream
 from read_files import PIECE, parts_of_one_file
 from wan_sharded.engine import loaded, open_model
+from wan_sharded.engine.errors import CheckpointError
 from wan_sharded.engine.system_memory import SystemMemory
 from wan_sharded.engine.weights import library_reads, reading
 from wan_sharded.engine.weights.library_calls import asynchronous_reads
@@ -52,26 +55,103 @@ def test_those_that_could_not_be_locked_are_made_again(made: list[int], monkeypa
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
     others = [buffers.take(2), buffers.take(2)]
     buffers.give(locked + others)
-    buffers.forget_unlocked()
+    buffers.settle()
     assert list(buffers) == locked
     made.clear()
     again = [buffers.take(9) for _ in range(6)]
     assert made == [2, 2] and not buffers and not set(others) & set(again)
 
 
-@needs_library
-def test_a_reader_keeps_them_until_they_are_given_back(made: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Copies(PlayedCopies):
+    """Attributes: error, to be raised by whoever asks whether copies have arrived."""
+
+    error: Exception | None = None
+
+    def are_over(self, copied: Any) -> bool:
+        if self.error is not None:
+            raise self.error
+        return super().are_over(copied)
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> PlayedStream:
+    """Of a GPU that the CPU is played for."""
     stream = PlayedStream()
     monkeypatch.setattr(library_reads, "available", lambda: True)
-    monkeypatch.setattr(library_reads, "DriverCopies", PlayedCopies)
+    monkeypatch.setattr(library_reads, "DriverCopies", Copies)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(reading, "CPU", torch.device("meta"))  # so that the CPU is played for a GPU
+    monkeypatch.setattr(reading, "CPU", torch.device("meta"))
+    return stream
+
+
+def read_whole(reader: TensorReader, stream: PlayedStream, path: Path) -> None:
+    stored, targets, content = parts_of_one_file(path, 3)
+    reader.read_into(list(zip(stored, targets, strict=True)))
+    stream.synchronize()
+    assert torch.equal(torch.cat(targets), content[: 12 * PIECE])
+
+
+@needs_library
+@pytest.mark.timeout(60)
+def test_none_is_lost_for_good_after_an_error(
+    made: list[int], stream: PlayedStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the reading thread was at: else, after some of them, the next load would wait for ever."""
+    reader = TensorReader()
+    monkeypatch.setattr(Copies, "error", MemoryError("nobody thought of it"))
+    for turn in range(8):
+        with pytest.raises(MemoryError, match="nobody thought of it"):
+            read_whole(reader, stream, tmp_path / str(turn))
+        reads = reader._library_reads
+        assert reads is not None
+        while reads._at_work:
+            time.sleep(0.001)
+        assert not any(reads._sent.values()) and sum(1 for _ in reads._buffers) + reads._buffers._unmade == 6
+        assert not stream.queued, "copies from memory that may be let go have arrived"
+        reader.close()
+    monkeypatch.setattr(Copies, "error", None)
+    read_whole(reader, stream, tmp_path / "a")
+    reader.close()
+    assert reader._buffers is not None and sum(1 for _ in reader._buffers) + reader._buffers._unmade == 6
+
+
+@needs_library
+@pytest.mark.timeout(60)
+def test_an_error_that_is_being_handled_keeps_no_memory(made: list[int], stream: PlayedStream, tmp_path: Path) -> None:
+    """Its traceback knows the reading thread's frames; what runs out of memory gives the model back while it is handled."""
+    reader = TensorReader()
+    read_whole(reader, stream, tmp_path / "a")
+    assert reader._buffers is not None
+    memory = [weakref.ref(buffer) for buffer in reader._buffers]
+    stored, targets, _ = parts_of_one_file(tmp_path / "b", 3)
+    (tmp_path / "b").write_bytes(b"shorter")
+    try:
+        reader.read_into(list(zip(stored, targets, strict=True)))
+    except CheckpointError as error:
+        reader.close()
+        reader.give_back_buffers()
+        gc.collect()
+        # A frame may know the one that was being read into.
+        assert error.__traceback__ is not None and memory and sum(buffer() is not None for buffer in memory) <= 1
+    else:
+        pytest.fail("it is shorter")
+    reader.close()
+
+
+@needs_library
+def test_unlocked_ones_are_not_kept(made: list[int], stream: PlayedStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
+    reader = TensorReader()
+    read_whole(reader, stream, tmp_path / "a")
+    reader.close()
+    assert made and reader._buffers is not None and not list(reader._buffers)
+
+
+@needs_library
+def test_a_reader_keeps_them_until_they_are_given_back(made: list[int], stream: PlayedStream, tmp_path: Path) -> None:
     reader, counts = TensorReader(), []
     for turn in range(4):
-        stored, targets, content = parts_of_one_file(tmp_path / str(turn), 3)
-        reader.read_into(list(zip(stored, targets, strict=True)))
-        stream.synchronize()
-        assert torch.equal(torch.cat(targets), content[: 12 * PIECE])
+        read_whole(reader, stream, tmp_path / str(turn))
         reader.close()
         counts.append(sum(made))
         if turn == 1:

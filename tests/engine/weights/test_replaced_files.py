@@ -91,3 +91,24 @@ def test_a_file_that_is_replaced_under_a_reader(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(CheckpointError, match=r"a\.safetensors was changed after it was chosen"):
             reader.read_into([(old, target)])
     reader.close()
+
+
+def test_each_of_several_files_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads still have the old one open, which would be read."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    size, wanted = 8000, []
+    for name in ("a", "b"):
+        file = tmp_path / name
+        file.write_bytes(bytes(size))
+        wanted.append(
+            (StoredTensor(file, "t", "U8", (size,), 0, size, modified_ns=file.stat().st_mtime_ns), torch.ones(size, dtype=torch.uint8))
+        )
+    reader = TensorReader()
+    reader.read_into(wanted)
+    (tmp_path / "new").write_bytes(bytes(size))
+    os.utime(tmp_path / "new", ns=(0, 10**18))
+    (tmp_path / "new").replace(tmp_path / "b")
+    with pytest.raises(CheckpointError, match=r"b was changed after it was chosen"):
+        reader.begin(wanted)
+    reader.stop()
+    reader.close()

@@ -221,6 +221,9 @@ def test_hooks_are_looked_for_where_there_may_be_some(tiny_single_files: Path, g
         with pytest.raises(ZeroDivisionError) if attach_fails else nullcontext():
             one_after_the_other(expert, [LAZY[1], PACKED])
         assert any(hasattr(module, "_hf_hook") for module in expert.model.modules())
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(expert_module, "remove_hook_from_module", lambda model, recurse: 1 / 0)
+            expert.undispatch()
         expert.undispatch()
         expert.undispatch()
         assert not any(hasattr(module, "_hf_hook") for module in expert.model.modules()) and removed == [expert.model]
