@@ -103,6 +103,11 @@ class _Buffer:
         if read != piece.size_bytes:  # no thread could be had, or the file is shorter than it was
             pieces.read_at(file, self._bytes[read : piece.size_bytes], piece.offset + read)
 
+    def let_go(self) -> None:
+        """Give the memory back; nobody is to use this any more, whoever may know it."""
+        self._bytes.release()
+        del self._bytes, self.memory
+
 
 class Buffers:
     """What pieces are read into: made where it is needed, and kept for whoever reads next, since page-locking takes longer than reading.
@@ -146,6 +151,11 @@ class Buffers:
         back after an error."""
         self._free = [buffer for buffer in self._free if buffer.is_locked]
         self._unmade = self._most - len(self._free)
+
+    def let_go(self) -> None:
+        """Give the memory of all that wait back, now: an error that is being handled may know this, and some of them."""
+        while self._free:
+            self._free.pop().let_go()
 
 
 class _Lane:
@@ -208,7 +218,6 @@ class LibraryReads:
         for buffer in self._buffers:  # the library may just be leaving its control block
             self._calls.error(buffer.control_address)
         self._buffers.settle()
-        self._buffers = Buffers()  # an error that is being handled may know this object, and is not to keep their memory
 
     def begin(self, wanted: Sequence[Errand], *, urgent: bool) -> None:
         """Have errands done; where that can't be, none of them is still to be done.
@@ -270,15 +279,17 @@ class LibraryReads:
                     self._give_back([buffer])
                 else:  # without asking anything that may be what went wrong
                     time.sleep(LOOK_AT_COPIES_S)
-        for stream, sent in self._sent.items():
-            with suppress(RuntimeError):  # the GPU failed, which whoever uses it next is told too
-                stream.synchronize()
-            while sent:
-                self._give_back(sent.popleft()[0])
-        with self._errands.lock:
-            self._at_work = False
-            while (errand := self._errands.take()) is not None:
-                errand.reading.done(error)
+        try:
+            for stream, sent in self._sent.items():
+                with suppress(RuntimeError):  # the GPU failed, which whoever uses it next is told too
+                    stream.synchronize()
+                while sent:
+                    self._give_back(sent.popleft()[0])
+        finally:
+            with self._errands.lock:
+                self._at_work = False
+                while (errand := self._errands.take()) is not None:
+                    errand.reading.done(error)
 
     def _begin_reads(self) -> bool:
         """As many as there is room for: whether there is more."""

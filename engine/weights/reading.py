@@ -55,7 +55,9 @@ class TensorReader:
 
     def give_back_buffers(self) -> None:
         """Give back the page-locked memory that is kept for what goes to GPUs, up to 168 MiB; after what is under way, if anything is."""
-        self._buffers = None
+        buffers, self._buffers = self._buffers, None
+        if buffers is not None and self._library_reads is None:
+            buffers.let_go()
 
     # ---- what is wanted
 
