@@ -3,6 +3,7 @@
 Made and kept by the owner of loaded models; the pipeline asks it for an expert, or for room on a device. Knows no files and no pictures.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -32,10 +33,16 @@ OnLoad = Callable[[int, int, str], None]
 
 
 class LoadedModel:
-    """Both experts of one model in memory. Made and kept by :class:`ModelOwner` only."""
+    """Both experts of one model in memory. Made and kept by :class:`ModelOwner` only.
 
-    def __init__(self, handle: ModelHandle, precision: Precision):
-        self._host_pool, reader = HostPool(), TensorReader()
+    Args:
+        handle: of the model.
+        precision: how weights are kept.
+        reader: of its files.
+    """
+
+    def __init__(self, handle: ModelHandle, precision: Precision, reader: TensorReader):
+        self._host_pool = HostPool()
         self.experts: Mapping[str, Expert] = {
             part: Expert(EXPERT_WORDS[part], files, precision, self._host_pool, reader) for part, files in handle.model.experts.items()
         }
@@ -185,9 +192,7 @@ class LoadedModel:
             for budget in plan.budgets:
                 index = budget.device.index
                 self.make_room(index, self._forward_bytes(placement, index), budget.usable_bytes, keep=part)
-        parts = list(placement.homes)
-        # Parts that leave a GPU go first, so that what arrives finds their room.
-        parts.sort(key=lambda name: placement.homes[name] != HOST)
+        parts = self._in_turn(expert, placement)
         # What GPUs fetch waits in one piece, page-locked; where system memory is short, in its mapped file.
         fetched = [n for n in parts if plan.budgets[0].device.is_gpu and placement.homes[n] == HOST and n.startswith("blocks.")]
         for done, name in enumerate(parts):
@@ -213,6 +218,23 @@ class LoadedModel:
         expert.close_files()
         # Leftovers of conversions would stand in the way of activations.
         probe.release_cached([b.device.torch_device for b in plan.budgets])
+
+    def _in_turn(self, expert: Expert, placement: Placement) -> list[str]:
+        """The parts in the order in which they are brought home: those that leave a GPU first, so that what arrives finds their room; then
+        what comes to GPUs, to all of them at once, so that all links are busy until the end.
+        """
+        homes = placement.homes
+        coming = {
+            name: 0 if expert.location(name) == self._device(home) and expert.is_current(name) else expert.part_bytes(name)
+            for name, home in homes.items()
+        }
+        of_each, before, turns = Counter[int | str](), Counter[int | str](), dict[str, tuple[bool, float]]()
+        for name, home in homes.items():
+            of_each[home] += coming[name]
+        for name, home in homes.items():
+            turns[name] = (home != HOST, 0.0 if home == HOST else before[home] / max(1, of_each[home]))
+            before[home] += coming[name]
+        return sorted(homes, key=turns.__getitem__)
 
     @staticmethod
     def _stands(expert: Expert, name: str, home: torch.device) -> bool:

@@ -20,6 +20,7 @@ from .planning.footprint import VideoShape
 from .plans import Plan, make_plan, still_holds
 from .usable import BF16_CAPABILITY
 from .weights.precision import resolve_precision
+from .weights.reading import TensorReader
 
 
 class ModelOwner:
@@ -49,7 +50,13 @@ class ModelOwner:
         Raises:
             CheckpointError, PlacementError, UnsupportedError: see there; what was loaded before stays.
         """
-        key, loaded, plan = self._prepare(handle, machine, shape, reserve)
+        reader = TensorReader()
+        try:
+            key, loaded, plan = self._prepare(handle, machine, shape, reserve, reader)
+        except BaseException:
+            reader.close()
+            reader.give_back_buffers()
+            raise
         if loaded is not self._loaded:
             self.release()
             self._loaded, self._key = loaded, key
@@ -66,9 +73,12 @@ class ModelOwner:
         return self._prepare(handle, machine, shape, reserve)[2]
 
     def _prepare(
-        self, handle: ModelHandle, machine: Machine, shape: VideoShape, reserve: Reserve
+        self, handle: ModelHandle, machine: Machine, shape: VideoShape, reserve: Reserve, reader: TensorReader | None = None
     ) -> tuple[tuple[Any, ...], LoadedModel, Plan]:
-        """The identity of what a handle needs loaded, that model (ours if it is the same, else one without weights), a plan."""
+        """The identity of what a handle needs loaded, that model (ours if it is the same, else one without weights), a plan.
+
+        Where a new one is to be loaded, a reader is given for it; what reading to GPUs takes is made behind this.
+        """
         on_gpu = machine.devices[0].is_gpu
         part_taking = [device for device in machine.devices if device.is_gpu and handle.max_memory_gib.get(device.index, 0) >= 0]
         precision, notes = resolve_precision(
@@ -79,7 +89,12 @@ class ModelOwner:
             without_bf16=[d.label for d in part_taking if (d.compute_capability or BF16_CAPABILITY) < BF16_CAPABILITY],
         )
         key = (handle.model.name, handle.model.fingerprint, precision)
-        loaded = self._loaded if self._key == key and self._loaded is not None else LoadedModel(handle, precision)
+        if self._key == key and self._loaded is not None:
+            loaded = self._loaded
+        else:
+            if reader is not None and on_gpu and handle.offload != "cpu":
+                reader.prepare()
+            loaded = LoadedModel(handle, precision, reader or TensorReader())
         # What another model holds now is let go before this one arrives, so it counts as free.
         plan = make_plan(handle, loaded, machine, shape, notes, in_memory=self._loaded or loaded, reserve=reserve)
         return key, loaded, plan

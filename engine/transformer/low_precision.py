@@ -26,8 +26,12 @@ def quantized_rows(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tens
     """
     wide = weight.float()
     largest = LARGEST[dtype]
+    if torch.compiler.is_compiling():
+        highest = wide.abs().amax(dim=1, keepdim=True)
+    else:  # the same without a matrix of absolute values; compiled, there is none, and this would take a fifth longer
+        highest = torch.maximum(-wide.amin(dim=1, keepdim=True), wide.amax(dim=1, keepdim=True))
     # A row of zeros stays one.
-    scale = (wide.abs().amax(dim=1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = (highest / largest).clamp_min(torch.finfo(torch.float32).tiny)
     values = wide.div_(scale) if wide is not weight else wide / scale
     if dtype == torch.int8:
         values = values.round_()

@@ -2,9 +2,10 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -95,34 +96,64 @@ class Errand:
     stream: "torch.cuda.Stream | None"
 
 
+Waiting = dict["torch.cuda.Stream | None", deque[Errand]]
+NOTHING: "Mapping[torch.cuda.Stream | None, int]" = MappingProxyType({})
+
+
 class Errands:
-    """What is still to be taken on, what is urgent first. Its lock is for whoever ends its work when there is nothing, and where several take."""
+    """What is still to be taken on: what is urgent first, and of several GPUs whose turn it is, so that all their links are busy.
+
+    Attributes:
+        lock: to be held by whoever calls anything of this.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._urgent: deque[Errand] = deque()
-        self._others: deque[Errand] = deque()
+        # By the stream they are sent in, none empty; whose turn was last stands last.
+        self._urgent: Waiting = {}
+        self._others: Waiting = {}
 
     def __len__(self) -> int:
-        return len(self._urgent) + len(self._others)
+        return sum(len(errands) for waiting in (self._urgent, self._others) for errands in waiting.values())
+
+    def __bool__(self) -> bool:
+        return bool(self._urgent or self._others)
 
     def add(self, errands: Iterable[Errand], *, urgent: bool) -> None:
-        (self._urgent if urgent else self._others).extend(errands)
+        waiting = self._urgent if urgent else self._others
+        for errand in errands:
+            waiting.setdefault(errand.stream, deque()).append(errand)
 
-    def take(self) -> Errand | None:
-        """The next one, if there is one."""
-        return (self._urgent or self._others).popleft() if self else None
+    def take(self, under_way: "Mapping[torch.cuda.Stream | None, int]" = NOTHING) -> Errand | None:
+        """The next one, if there is one.
+
+        Args:
+            under_way: how many there are for each stream; one that has fewest is next.
+        """
+        waiting = self._urgent or self._others
+        if not waiting:
+            return None
+        errands = waiting.pop(stream := min(waiting, key=lambda stream: under_way.get(stream, 0)))
+        errand = errands.popleft()
+        if errands:
+            waiting[stream] = errands
+        return errand
 
     def leave_out_stopped(self) -> None:
         """What would be next, but was let go."""
         for waiting in (self._urgent, self._others):
-            while waiting and waiting[0].reading.stopped:
-                waiting.popleft().reading.done(left_out=True)
+            for stream, errands in list(waiting.items()):
+                while errands and errands[0].reading.stopped:
+                    errands.popleft().reading.done(left_out=True)
+                if not errands:
+                    del waiting[stream]
 
     def leave_out(self, errands: Iterable[Errand]) -> None:
         """Those that nobody has taken on."""
         for errand in errands:
             for waiting in (self._urgent, self._others):
-                with suppress(ValueError):
-                    waiting.remove(errand)
+                with suppress(KeyError, ValueError):
+                    waiting[errand.stream].remove(errand)
                     errand.reading.done(left_out=True)
+                    if not waiting[errand.stream]:
+                        del waiting[errand.stream]

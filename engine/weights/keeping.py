@@ -25,6 +25,9 @@ CPU = torch.device("cpu")
 BATCH_BYTES = 64 * 1024**2
 # So much of it may stand in memory until all that was begun with it has arrived: scales and the like, of a whole expert.
 WAITING_BYTES = 4 * 1024**2
+# Of what is more than that, and so read before all else, so much may wait beside what was begun last, so that threads read while it is
+# converted: one of a block's largest matrices, in bf16, or a few of the others.
+LARGE_BYTES = 144 * 1024**2
 Tensors = dict[str, torch.Tensor]
 ToRead = tuple[StoredTensor, Stretch]
 
@@ -157,6 +160,8 @@ class Keeper:
         self._stored, self._precision = files.tensors, precision
         self._forms = parameter_forms(model, files.tensors, precision)
         self._waiting: deque[_Batch] = deque()
+        # Those of which one is much.
+        self._large: deque[_Batch] = deque()
 
     @property
     def low_precision(self) -> Mapping[str, Form]:
@@ -231,9 +236,9 @@ class Keeper:
         try:
             for steps in _batches(self._steps(part, names, adapters, convert_on, only_added=only_added)):
                 self._begin(filling, steps, layout, flat, convert_on)
-                # Those that have been read, and as many more as must not wait in memory.
-                while self._waiting and (self._waiting[0].is_read or sum(batch.raw_bytes for batch in self._waiting) > WAITING_BYTES):
-                    self._waiting.popleft().convert()
+                _convert(self._waiting, WAITING_BYTES)
+                if self._large:
+                    _convert(self._large, LARGE_BYTES + self._large[-1].raw_bytes)
             if not later:
                 self.finish()
         except BaseException:
@@ -244,8 +249,9 @@ class Keeper:
     def finish(self) -> None:
         """Wait until all that is to be filled has arrived, or is in the order of its GPU's stream."""
         try:
-            while self._waiting:
-                self._waiting.popleft().convert()
+            for waiting in (self._large, self._waiting):
+                while waiting:
+                    waiting.popleft().convert()
             self.reader.finish()
         except BaseException:
             self.stop()
@@ -253,19 +259,24 @@ class Keeper:
 
     def stop(self) -> None:
         """Let go of all that has not arrived."""
-        self._waiting.clear()
+        self._forget_waiting()
         self.reader.stop()
 
     def close(self) -> None:
         """Let go of what reading took, too, but for the buffers that are kept for more of it."""
-        self._waiting.clear()
+        self._forget_waiting()
         self.reader.close()
+
+    def _forget_waiting(self) -> None:
+        self._waiting.clear()
+        self._large.clear()
 
     def _begin(self, filling: Filling, steps: Sequence[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> None:
         """Have what is kept as it is read to its place, and the rest to memory of its own, from which it is to be converted."""
         raws, to_convert = _rooms_for([source for step in steps if step.made for source in step.sources], convert_on)
         as_stored = [(step.sources[0], _stretch(flat, layout.span(step.name))) for step in steps if step.made is None]
-        if sum(source.size_bytes for source in raws) > WAITING_BYTES:
+        is_large = sum(source.size_bytes for source in raws) > WAITING_BYTES
+        if is_large:
             readings = [self.reader.begin(to_convert, urgent=True), self.reader.begin(as_stored)]
         else:
             # Read along with its neighbours in the file: small pieces of their own would take as long as large ones.
@@ -273,7 +284,7 @@ class Keeper:
         filling.readings += readings
         if any(step.made for step in steps):
             filling.unconverted += 1
-            self._waiting.append(_Batch(filling, steps, raws, readings[0]))
+            (self._large if is_large else self._waiting).append(_Batch(filling, steps, raws, readings[0]))
 
     def loose(self, part: str, names: Sequence[str], adapters: Adapters, convert_on: torch.device, *, only_added: bool = False) -> Tensors:
         """Parameters as tensors of the CPU, which are the mapped file where it has them as they are kept. Arguments as for :meth:`fill`."""
@@ -341,6 +352,12 @@ class Keeper:
         names = self.matrices if every else self.low_precision
         found = [math.prod(self._stored[name].shape) * (3 if name.endswith("attn1.to_q.weight") else 1) for name in names]
         return max(found, default=0)
+
+
+def _convert(waiting: deque[_Batch], most_bytes: int) -> None:
+    """Those that have been read, and as many more as must not wait in memory."""
+    while waiting and (waiting[0].is_read or sum(batch.raw_bytes for batch in waiting) > most_bytes):
+        waiting.popleft().convert()
 
 
 def _batches(steps: Iterable[_Step]) -> Iterator[list[_Step]]:

@@ -9,7 +9,7 @@ import errno
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -58,6 +58,7 @@ class _Buffer:
         is_locked: as given.
         control_address: of the control block.
         errand: that it is read for.
+        stream: that it is read to be sent in, until it is given back.
     """
 
     def __init__(self, memory: torch.Tensor, *, is_locked: bool) -> None:
@@ -70,6 +71,7 @@ class _Buffer:
         self.control_address = ctypes.addressof(self._control)
         self._ints, self._longs = memoryview(control).cast("i"), memoryview(control).cast("q")
         self.errand: Errand | None = None
+        self.stream: torch.cuda.Stream | None = None
         self._file: IO[bytes] | None = None
         self._is_begun = False
 
@@ -136,11 +138,17 @@ class Buffers:
                 threads first, which takes a third of the time.
         """
         if not self._free:
-            memory = host_buffer(min(THREADS, self._unmade, wanted) * PIECE_BYTES)
+            self.make(wanted)
+        return self._free.pop()
+
+    def make(self, wanted: int) -> bool:
+        """Make so many, no more than one for each thread, as far as they may still be made: whether there are more to be."""
+        if count := min(THREADS, self._unmade, wanted):
+            memory = host_buffer(count * PIECE_BYTES)
             is_locked = memory.is_pinned()
             self.give([_Buffer(part, is_locked=is_locked) for part in memory.split(PIECE_BYTES)])
-            self._unmade -= len(self._free)
-        return self._free.pop()
+            self._unmade -= count
+        return bool(self._unmade)
 
     def give(self, buffers: Iterable[_Buffer]) -> None:
         """Have these taken next."""
@@ -205,6 +213,8 @@ class LibraryReads:
         self._lanes = [_Lane() for _ in range(THREADS)]
         self._waiting = (ctypes.c_void_p * THREADS)()
         self._buffers = buffers
+        # How many buffers are filled, or sent, for each stream.
+        self._in_use: Counter[torch.cuda.Stream | None] = Counter()
         # By stream: a GPU may be busy for long, while another one is not.
         self._sent: dict[torch.cuda.Stream, deque[tuple[list[_Buffer], Copied]]] = {}
         self._more = threading.Event()
@@ -218,6 +228,15 @@ class LibraryReads:
         for buffer in self._buffers:  # the library may just be leaving its control block
             self._calls.error(buffer.control_address)
         self._buffers.settle()
+
+    def prepare(self) -> None:
+        """Have the buffers made before there is anything to be read, until there is."""
+        self._thread.submit(self._make_buffers)
+
+    def _make_buffers(self) -> None:
+        # An error is for whoever reads and meets it again.
+        while not self._errands and self._buffers.make(THREADS):
+            pass
 
     def begin(self, wanted: Sequence[Errand], *, urgent: bool) -> None:
         """Have errands done; where that can't be, none of them is still to be done.
@@ -296,20 +315,24 @@ class LibraryReads:
         for depth in range(1, DEPTH + 1):  # nobody is to have two while another one has none
             for lane in self._lanes:
                 while len(lane.reading) < depth:
-                    self._errands.leave_out_stopped()
-                    if not self._errands:
-                        return True
-                    if not self._buffers:
-                        return False
-                    self._begin_read(lane)
+                    with self._errands.lock:
+                        self._errands.leave_out_stopped()
+                        if not self._errands:
+                            return True
+                        if not self._buffers:
+                            return False
+                        errand, more = self._errands.take(self._in_use), len(self._errands)
+                    assert errand is not None
+                    self._begin_read(lane, errand, more)
         return False
 
-    def _begin_read(self, lane: _Lane) -> None:
-        errand = self._errands.take()
-        assert errand is not None, "nobody else takes any"
+    def _begin_read(self, lane: _Lane, errand: Errand, more: int) -> None:
+        """One, where there are so many more to be read."""
         piece, buffer = errand.piece, None
         try:
-            buffer = self._buffers.take(1 + len(self._errands))
+            buffer = self._buffers.take(1 + more)
+            buffer.stream = errand.stream
+            self._in_use[errand.stream] += 1
             with pieces.named(piece.path):
                 file = lane.file(piece.path, piece.modified_ns)
             lane.reading.append(buffer)  # before it is begun: from then on nobody else may have it
@@ -365,5 +388,6 @@ class LibraryReads:
 
     def _give_back(self, buffers: Sequence[_Buffer]) -> None:
         for buffer in buffers:
-            buffer.errand = None
+            self._in_use[buffer.stream] -= 1
+            buffer.errand = buffer.stream = None
         self._buffers.give(buffers)

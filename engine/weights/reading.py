@@ -59,6 +59,11 @@ class TensorReader:
         if buffers is not None and self._library_reads is None:
             buffers.let_go()
 
+    def prepare(self) -> None:
+        """Have that memory made now, in a thread, for what is to be read to GPUs soon."""
+        if library_reads.available():
+            self._library().prepare()
+
     # ---- what is wanted
 
     def mapped(self, stored: StoredTensor) -> torch.Tensor:
@@ -93,7 +98,7 @@ class TensorReader:
     def begin(self, wanted: Sequence[tuple[StoredTensor, torch.Tensor | Stretch]], *, urgent: bool = False) -> Reading:
         """As :meth:`read_into`, but what is wanted may still be on its way when this returns.
 
-        It is read in the order of these calls (what goes to GPUs, and what to the CPU), what is urgent before all that has not begun. No more
+        It is read in the order of these calls (what goes to each GPU, and what to the CPU), what is urgent before all that has not begun. No more
         than ``AHEAD_BYTES`` of it all is still on its way then, but for what is begun here. All memory must stay until it was waited for, with
         :meth:`Reading.wait` or :meth:`finish`, or let go with :meth:`stop`, which whoever meets an error must call.
         """

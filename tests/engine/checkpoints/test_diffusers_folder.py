@@ -16,6 +16,7 @@ from wan_sharded.engine.errors import CheckpointError, InvalidRequestError
 from wan_sharded.engine.loaded import LoadedModel
 from wan_sharded.engine.weights.holding import empty_transformer
 from wan_sharded.engine.weights.precision import resolve_precision
+from wan_sharded.engine.weights.reading import TensorReader
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -198,7 +199,7 @@ def test_a_damaged_index_of_several_files(sharded_copy: Path, content: str) -> N
 
 def build(model: Path) -> None:
     handle = open_model(model)
-    LoadedModel(handle, resolve_precision("default", "F32", on_gpu=False)[0])
+    LoadedModel(handle, resolve_precision("default", "F32", on_gpu=False)[0], TensorReader())
 
 
 BUILD_DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {

@@ -29,6 +29,20 @@ def random(*shape: int, seed: int = 1) -> torch.Tensor:
 # ---- scaled rows (what rows of all sizes keep is in tests/engine/weights/test_precision.py)
 
 
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_rows_are_the_same_whether_compiled_or_not(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their largest value is found in two ways."""
+    weight = random(9, 80)
+    weight[0], weight[1, 3], weight[2, 4], weight[3] = 0, -100, 100, -weight[3].abs()
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        found.append(quantized_rows(weight, dtype))
+    assert torch.equal(found[0][0].float(), found[1][0].float()) and torch.equal(found[0][1], found[1][1])
+    weight[5, 6] = float("nan")
+    assert quantized_rows(weight, dtype)[1][5].isnan()
+
+
 @pytest.mark.parametrize("dtype", [INT8, FP8, E5M2], ids=str)
 def test_every_value_becomes_the_nearest(dtype: torch.dtype) -> None:
     weight = random(200, 96) * torch.logspace(-30, 30, 200)[:, None]

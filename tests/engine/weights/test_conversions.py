@@ -233,3 +233,70 @@ def test_what_was_let_go_is_not_in_the_way_of_the_next_load(
         bring_later(expert, part)
     expert.arrived()
     assert_scales_are_right(expert, tiny_single_files)
+
+
+class Large:
+    """A bf16 file that is quantized as it is read, each matrix a batch: what is asked for, and converted, in which order."""
+
+    def __init__(self, tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(keeping, "WAITING_BYTES", 1000)
+        monkeypatch.setattr(keeping, "BATCH_BYTES", 1)
+        size = load_file(file_of(tiny_single_files, "original_bf16"))["blocks.1.self_attn.q.weight"].nbytes
+        self.matrix_bytes = size
+        monkeypatch.setattr(pieces, "PIECE_BYTES", size // 2)  # a single one would be read at once
+        self.expert = Expert(
+            "high noise expert", open_expert_file(file_of(tiny_single_files, "original_bf16")), Precision(BF16, torch.int8)
+        )
+        self.happened: list[str] = []
+        begin, convert = TensorReader.begin, keeping._Batch.convert
+
+        def watched(reader: TensorReader, wanted: list[tuple[StoredTensor, torch.Tensor]], *, urgent: bool = False) -> Reading:
+            self.happened.extend(f"begin {stored.key}" for stored, _ in wanted if urgent)
+            return begin(reader, wanted, urgent=urgent)
+
+        def converted(batch: keeping._Batch) -> None:
+            self.happened.extend(f"convert {stored.key}" for stored in batch.raws if batch.raw_bytes > keeping.WAITING_BYTES)
+            convert(batch)
+
+        monkeypatch.setattr(TensorReader, "begin", watched)
+        monkeypatch.setattr(keeping._Batch, "convert", converted)
+
+
+@pytest.mark.usefixtures("slow_reading")
+@pytest.mark.parametrize("beside", [0, 1, 2])
+def test_what_is_large_is_read_while_what_was_read_before_is_converted(
+    tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch, beside: int
+) -> None:
+    large = Large(tiny_single_files, monkeypatch)
+    monkeypatch.setattr(keeping, "LARGE_BYTES", beside * large.matrix_bytes)
+    large.expert.bring("blocks.1", CPU, CPU, packed=True)
+    begun = [what.removeprefix("begin ") for what in large.happened if what.startswith("begin")]
+    assert [what.removeprefix("convert ") for what in large.happened if what.startswith("convert")] == begun and len(begun) > 8
+    compared = 0
+    for number, key in enumerate(begun):
+        others = begun[number : number + beside + 3]
+        if len(others) == beside + 3 and all("_attn." in other and other.endswith(".weight") for other in others):  # of one size
+            compared += 1
+            at = large.happened.index(f"convert {key}")
+            assert large.happened.index(f"begin {others[-2]}") < at < large.happened.index(f"begin {others[-1]}"), key
+    assert compared > 1
+    assert not large.expert._keeper._large
+    held = in_use(large.expert, F32)
+    stored = load_file(file_of(tiny_single_files, "original_bf16"))["blocks.1.self_attn.q.weight"].float()
+    assert (held[f"{PROJECTION}.weight"] - stored).abs().max() < stored.abs().max() / 100
+
+
+@pytest.mark.usefixtures("slow_reading")
+def test_what_is_large_and_was_read_is_not_kept_for_others(tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes memory beside all that arrives."""
+    large = Large(tiny_single_files, monkeypatch)
+    bring_later(large.expert, "blocks.0")
+    large.expert._keeper.reader.finish()
+    before = list(large.expert._keeper._large)
+    assert before
+    bring_later(large.expert, "patch_embedding")
+    assert not large.expert._keeper._large
+    bring_later(large.expert, "blocks.1")
+    assert large.expert._keeper._large
+    large.expert.drop_arriving()
+    assert not large.expert._keeper._large and large.expert.packed("blocks.1") is None

@@ -59,6 +59,7 @@ def all_buffers_are_back(reads: LibraryReads) -> bool:
     assert not any(reads._sent.values())
     made = (library_reads.DEPTH + library_reads.SENT) * library_reads.THREADS - reads._buffers._unmade
     free = list(reads._buffers)
+    assert not any(reads._in_use.values())
     return len(free) == len(set(map(id, free))) == made and all(buffer.errand is None for buffer in free)
 
 
@@ -351,6 +352,22 @@ def test_a_gpu_that_is_busy_keeps_no_other_waiting(reads: LibraryReads, tmp_path
     assert idle.arrived()
     assert sum(len(buffers) for sent in reads._sent.values() for buffers, _ in sent) >= 2
     monkeypatch.setattr(PlayedCopies, "are_over", lambda copies, copied: True)
+    assert busy.arrived() and all_buffers_are_back(reads)
+
+
+@needs_library
+def test_a_busy_gpu_leaves_buffers_to_another(reads: LibraryReads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is to be read for it, and first."""
+    played = PlayedCopies.are_over
+    monkeypatch.setattr(PlayedCopies, "are_over", lambda copies, copied: copied.event.stream is not busy.stream and played(copies, copied))
+    busy, idle = Wanted(tmp_path / "busy", 60), Wanted(tmp_path / "idle", 60)
+    with reads._errands.lock:  # both, before it looks
+        reads._errands.add([*busy.errands, *idle.errands], urgent=False)
+    for wanted in (busy, idle):
+        wanted.reading.add(60, 60 * PIECE)
+    reads.begin([], urgent=False)
+    assert idle.arrived() and not busy.reading.is_over
+    monkeypatch.setattr(PlayedCopies, "are_over", played)
     assert busy.arrived() and all_buffers_are_back(reads)
 
 

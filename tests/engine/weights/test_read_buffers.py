@@ -1,6 +1,8 @@
 """What the C library's threads read into on the way to GPUs: made together, kept for the next load, given back with the model."""
 
+import dataclasses
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -60,6 +62,69 @@ def test_those_that_could_not_be_locked_are_made_again(made: list[int], monkeypa
     made.clear()
     again = [buffers.take(9) for _ in range(6)]
     assert made == [2, 2] and not buffers and not set(others) & set(again)
+
+
+@needs_library
+def test_all_are_made_before_anything_is_read(made: list[int], stream: PlayedStream, tmp_path: Path) -> None:
+    reader = TensorReader()
+    reader.prepare()
+    reader._library()._thread.submit(lambda: None).result(timeout=20)
+    assert made == [2, 2, 2], "three for each of two threads"
+    read_whole(reader, stream, tmp_path / "a")
+    reader.close()
+    reader.prepare()
+    reader.close()
+    assert made == [2, 2, 2], "they are kept"
+
+
+@needs_library
+@pytest.mark.timeout(60)
+def test_what_is_to_be_read_waits_for_those_only_that_are_being_made(
+    made: list[int], stream: PlayedStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, begun, make = threading.Event(), threading.Event(), library_reads.host_buffer
+
+    def slow(size_bytes: int) -> torch.Tensor:
+        begun.set()
+        assert held.wait(timeout=20)
+        return make(size_bytes)
+
+    monkeypatch.setattr(library_reads, "host_buffer", slow)
+    reader = TensorReader()
+    reader.prepare()
+    assert begun.wait(timeout=20)
+    stored, targets, content = parts_of_one_file(tmp_path / "a", 1)
+    reading = reader.begin([(dataclasses.replace(stored[0], shape=(PIECE,), size_bytes=PIECE), targets[0][:PIECE])])
+    held.set()
+    reading.wait()
+    stream.synchronize()
+    assert torch.equal(targets[0][:PIECE], content[:PIECE])
+    reader.close()
+    assert made == [2], "one piece needs no more"
+
+
+def test_nothing_is_prepared_where_the_library_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_reads, "available", lambda: False)
+    reader = TensorReader()
+    reader.prepare()
+    assert reader._library_reads is None and reader._buffers is None
+
+
+@needs_library
+def test_memory_that_cannot_be_had_is_said_when_it_is_needed(
+    made: list[int], stream: PlayedStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(size_bytes: int) -> torch.Tensor:
+        raise MemoryError("no room")
+
+    reader = TensorReader()
+    with monkeypatch.context() as patch:
+        patch.setattr(library_reads, "host_buffer", refuses)
+        reader.prepare()
+        with pytest.raises(MemoryError, match="no room"):
+            read_whole(reader, stream, tmp_path / "a")
+    read_whole(reader, stream, tmp_path / "b")
+    reader.close()
 
 
 class Copies(PlayedCopies):
