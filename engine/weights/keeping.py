@@ -6,6 +6,7 @@ Knows files, precisions and LoRAs; not where parts live.
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -249,9 +250,8 @@ class Keeper:
     def finish(self) -> None:
         """Wait until all that is to be filled has arrived, or is in the order of its GPU's stream."""
         try:
-            for waiting in (self._large, self._waiting):
-                while waiting:
-                    waiting.popleft().convert()
+            _convert(self._large, -1)
+            _convert(self._waiting, -1)
             self.reader.finish()
         except BaseException:
             self.stop()
@@ -273,7 +273,14 @@ class Keeper:
 
     def _begin(self, filling: Filling, steps: Sequence[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> None:
         """Have what is kept as it is read to its place, and the rest to memory of its own, from which it is to be converted."""
-        raws, to_convert = _rooms_for([source for step in steps if step.made for source in step.sources], convert_on)
+        sources = [source for step in steps if step.made for source in step.sources]
+        rooms = None
+        with suppress(torch.OutOfMemoryError):
+            rooms = _rooms_for(sources, convert_on)
+        if rooms is None:  # what is converted leaves its own
+            _convert(self._large, -1)
+            rooms = _rooms_for(sources, convert_on)
+        raws, to_convert = rooms
         as_stored = [(step.sources[0], _stretch(flat, layout.span(step.name))) for step in steps if step.made is None]
         is_large = sum(source.size_bytes for source in raws) > WAITING_BYTES
         if is_large:
@@ -355,7 +362,7 @@ class Keeper:
 
 
 def _convert(waiting: deque[_Batch], most_bytes: int) -> None:
-    """Those that have been read, and as many more as must not wait in memory."""
+    """Those that have been read, and as many more as must not wait in memory; -1: all, also those of no bytes."""
     while waiting and (waiting[0].is_read or sum(batch.raw_bytes for batch in waiting) > most_bytes):
         waiting.popleft().convert()
 

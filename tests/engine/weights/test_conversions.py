@@ -300,3 +300,30 @@ def test_what_is_large_and_was_read_is_not_kept_for_others(tiny_single_files: Pa
     assert large.expert._keeper._large
     large.expert.drop_arriving()
     assert not large.expert._keeper._large and large.expert.packed("blocks.1") is None
+
+
+@pytest.mark.usefixtures("slow_reading")
+@pytest.mark.parametrize("refused", [1, 2])
+def test_where_no_more_is_to_be_had_what_waits_is_converted_first(
+    tiny_single_files: Path, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    """It takes no more memory than before then, and less than that is an error."""
+    large, rooms, refusals = Large(tiny_single_files, monkeypatch), keeping._rooms_for, []
+
+    def refuses(sources: list[StoredTensor], device: torch.device) -> tuple[dict[StoredTensor, torch.Tensor], list[keeping.ToRead]]:
+        if len(large.expert._keeper._large) >= 3 or (refusals and len(refusals) < refused):
+            refusals.append(len(large.expert._keeper._large))
+            raise torch.OutOfMemoryError("no room")
+        return rooms(sources, device)
+
+    monkeypatch.setattr(keeping, "_rooms_for", refuses)
+    if refused == 2:
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            large.expert.bring("blocks.1", CPU, CPU, packed=True)
+        assert refusals == [3, 0] and not large.expert._keeper._large
+        return
+    large.expert.bring("blocks.1", CPU, CPU, packed=True)
+    assert refusals and set(refusals) == {3}
+    stored = load_file(file_of(tiny_single_files, "original_bf16"))["blocks.1.ffn.0.weight"].float()
+    held = in_use(large.expert, F32)["blocks.1.ffn.net.0.proj.weight"]
+    assert (held - stored).abs().max() < stored.abs().max() / 100
