@@ -401,7 +401,7 @@ def add_rows(rows: list[Row], form: str, pair: Sequence[Path], a: argparse.Names
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--forms", default="fp8,bf16,q4_k", help="of the files: fp8, bf16, or a type of GGUF")
     parser.add_argument("--gpus", type=int, default=1)
@@ -410,7 +410,9 @@ def main() -> None:
     parser.add_argument("--name", default="loading", help="of the results file; empty: print only")
     a = parser.parse_args()
     a.folder.mkdir(parents=True, exist_ok=True)
-    times = dict(enumerate(map(int, (a.slow_links or "1").split(","))))
+    times = dict(enumerate(map(int, a.slow_links.split(",")))) if a.slow_links else {}
+    if a.gpus != GPUS or (times and len(times) != GPUS):
+        parser.error("write --gpus 2, and a number for each of them behind --slow-links")
     rows: list[Row] = []
     probe.probe_machine()
     try:

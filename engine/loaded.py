@@ -24,7 +24,7 @@ from .planning.devices import gib
 from .planning.placement import HOST, Placement
 from .plans import Plan
 from .system_memory import system_memory
-from .weights.expert import CPU, Expert
+from .weights.expert import CPU, NOWHERE, Expert
 from .weights.precision import Precision
 from .weights.reading import TensorReader
 
@@ -221,18 +221,19 @@ class LoadedModel:
 
     def _in_turn(self, expert: Expert, placement: Placement) -> list[str]:
         """The parts in the order in which they are brought home: those that leave a GPU first, so that what arrives finds their room; then
-        what comes to GPUs, to all of them at once, so that all links are busy until the end.
+        what else comes to GPUs, to all of them at once, so that all links are busy until the end.
         """
         homes = placement.homes
         coming = {
             name: 0 if expert.location(name) == self._device(home) and expert.is_current(name) else expert.part_bytes(name)
             for name, home in homes.items()
         }
-        of_each, before, turns = Counter[int | str](), Counter[int | str](), dict[str, tuple[bool, float]]()
+        of_each, before, turns = Counter[int | str](), Counter[int | str](), dict[str, tuple[bool, bool, float]]()
         for name, home in homes.items():
             of_each[home] += coming[name]
         for name, home in homes.items():
-            turns[name] = (home != HOST, 0.0 if home == HOST else before[home] / max(1, of_each[home]))
+            leaves = expert.location(name) not in (CPU, NOWHERE, self._device(home))
+            turns[name] = (home != HOST, not leaves, 0.0 if home == HOST else before[home] / max(1, of_each[home]))
             before[home] += coming[name]
         return sorted(homes, key=turns.__getitem__)
 
@@ -339,6 +340,11 @@ class LoadedModel:
                     self._undispatch(part)
                     expert.drop(name)
                     self._host_pool.clear()
+
+    def close_files(self) -> None:
+        """Let go of what reading takes, where a run ends before anything was read."""
+        for expert in self.experts.values():
+            expert.close_files()
 
     def clear_fetch_rooms(self) -> None:
         """Give back what fetched weights, and what the workers exchange, stood in, on all devices."""

@@ -97,6 +97,7 @@ class ImageToVideo:
                         return _Run(loaded, handle, request, callbacks, self._embeddings).make(vae)
                 finally:
                     loaded.clear_fetch_rooms()
+                    loaded.close_files()
             except Exception as error:
                 if is_out_of_system_memory(error):
                     self.owner.release()

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 BATCH_BYTES = 64 * 1024**2
 # So much of it may stand in memory until all that was begun with it has arrived: scales and the like, of a whole expert.
 WAITING_BYTES = 4 * 1024**2
-# Of what is more than that, and so read before all else, so much may wait beside what was begun last, so that threads read while it is
+# Of what is more than that, and so read before all else, so much may wait when the next of it is begun, so that threads read while it is
 # converted: one of a block's largest matrices, in bf16, or a few of the others.
 LARGE_BYTES = 144 * 1024**2
 Tensors = dict[str, torch.Tensor]
@@ -238,8 +238,7 @@ class Keeper:
             for steps in _batches(self._steps(part, names, adapters, convert_on, only_added=only_added)):
                 self._begin(filling, steps, layout, flat, convert_on)
                 _convert(self._waiting, WAITING_BYTES)
-                if self._large:
-                    _convert(self._large, LARGE_BYTES + self._large[-1].raw_bytes)
+                _convert(self._large, None)
             if not later:
                 self.finish()
         except BaseException:
@@ -274,6 +273,9 @@ class Keeper:
     def _begin(self, filling: Filling, steps: Sequence[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> None:
         """Have what is kept as it is read to its place, and the rest to memory of its own, from which it is to be converted."""
         sources = [source for step in steps if step.made for source in step.sources]
+        is_large = sum(source.size_bytes for source in set(sources)) > WAITING_BYTES
+        if is_large:
+            _convert(self._large, LARGE_BYTES)
         rooms = None
         with suppress(torch.OutOfMemoryError):
             rooms = _rooms_for(sources, convert_on)
@@ -282,7 +284,6 @@ class Keeper:
             rooms = _rooms_for(sources, convert_on)
         raws, to_convert = rooms
         as_stored = [(step.sources[0], _stretch(flat, layout.span(step.name))) for step in steps if step.made is None]
-        is_large = sum(source.size_bytes for source in raws) > WAITING_BYTES
         if is_large:
             readings = [self.reader.begin(to_convert, urgent=True), self.reader.begin(as_stored)]
         else:
@@ -361,9 +362,9 @@ class Keeper:
         return max(found, default=0)
 
 
-def _convert(waiting: deque[_Batch], most_bytes: int) -> None:
-    """Those that have been read, and as many more as must not wait in memory; -1: all, also those of no bytes."""
-    while waiting and (waiting[0].is_read or sum(batch.raw_bytes for batch in waiting) > most_bytes):
+def _convert(waiting: deque[_Batch], most_bytes: int | None) -> None:
+    """Those that have been read, and as many more as must not wait in memory: all that is more than so much, -1 all, ``None`` no other."""
+    while waiting and (waiting[0].is_read or (most_bytes is not None and sum(batch.raw_bytes for batch in waiting) > most_bytes)):
         waiting.popleft().convert()
 
 

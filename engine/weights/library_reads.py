@@ -218,10 +218,11 @@ class LibraryReads:
         # By stream: a GPU may be busy for long, while another one is not.
         self._sent: dict[torch.cuda.Stream, deque[tuple[list[_Buffer], Copied]]] = {}
         self._more = threading.Event()
-        self._at_work = False
+        self._at_work = self._closing = False
 
     def close(self) -> None:
         """Give files and the thread back, when nothing is left to be done. All buffers may be let go then."""
+        self._closing = True
         self._thread.shutdown()  # which ends when all copies have arrived
         for lane in self._lanes:
             lane.close()
@@ -235,8 +236,15 @@ class LibraryReads:
 
     def _make_buffers(self) -> None:
         # An error is for whoever reads and meets it again.
-        while not self._errands and self._buffers.make(THREADS):
-            pass
+        while not self._is_wanted() and self._buffers.make(THREADS):
+            if not all(buffer.is_locked for buffer in self._buffers):
+                break
+        self._buffers.settle()  # what could not be locked now may be when it is needed
+
+    def _is_wanted(self) -> bool:
+        """Whether the thread has something else to do."""
+        with self._errands.lock:
+            return self._closing or bool(self._errands)
 
     def begin(self, wanted: Sequence[Errand], *, urgent: bool) -> None:
         """Have errands done; where that can't be, none of them is still to be done.

@@ -7,6 +7,7 @@ that a GPU waits for: a mapped page that must be fetched costs more than reading
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -60,9 +61,10 @@ class TensorReader:
             buffers.let_go()
 
     def prepare(self) -> None:
-        """Have that memory made now, in a thread, for what is to be read to GPUs soon."""
-        if library_reads.available():
-            self._library().prepare()
+        """Have that memory made now, in a thread, for what is to be read to GPUs soon; where that can't be, it is made then."""
+        with suppress(RuntimeError):
+            if library_reads.available():
+                self._library().prepare()
 
     # ---- what is wanted
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -333,3 +334,19 @@ def test_slow_links_copy_for_about_as_long(gb_s: float) -> None:
     size = speeds.piece_bytes(wanted)
     assert speeds.COPIED_BYTES % size == 0
     assert round(wanted / size) * size == pytest.approx(wanted, rel=0.1)
+
+
+def test_what_the_allocator_has_and_what_is_used_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unused memory is given back only where more is held than may be."""
+    held: dict[str, Any] = {"reserved_bytes": {"all": {"current": 7}}, "allocated_bytes": {"all": {"current": 5}}}
+    emptied: list[str] = []
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: held if device == "cuda:1" else {})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: emptied.append(device))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("all"))
+    assert [probe.allocated_bytes(device) for device in ("cuda:1", "cuda:0", "cpu")] == [5, 0, 0]
+    for ceiling in (7, 8):
+        probe.trim("cuda:1", ceiling)
+        probe.trim("cuda:0", ceiling)
+    assert emptied == []
+    probe.trim("cuda:1", 6)
+    assert emptied == ["cuda:1", "all"]

@@ -48,6 +48,14 @@ def test_what_is_urgent_is_first_whoever_it_is_for() -> None:
 
 
 @pytest.mark.parametrize("urgent", [False, True])
+def test_there_is_something_of_either_kind(urgent: bool) -> None:
+    waiting = Errands()
+    assert not waiting
+    waiting.add(errands_for(FAST, 1), urgent=urgent)
+    assert waiting and len(waiting) == 1
+
+
+@pytest.mark.parametrize("urgent", [False, True])
 def test_what_was_let_go_is_left_out_for_each_gpu(urgent: bool) -> None:
     waiting, stopped = Errands(), Reading()
     waiting.add(errands_for(FAST, 2, stopped), urgent=urgent)

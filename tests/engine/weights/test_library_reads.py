@@ -23,7 +23,7 @@ from played_streams import PlayedCopies, PlayedStream
 from read_files import PIECE
 from wan_sharded.engine.errors import CheckpointError
 from wan_sharded.engine.weights import library_reads
-from wan_sharded.engine.weights.errands import Errand
+from wan_sharded.engine.weights.errands import Errand, Errands
 from wan_sharded.engine.weights.library_calls import asynchronous_reads
 from wan_sharded.engine.weights.library_reads import Buffers, LibraryReads
 
@@ -60,7 +60,7 @@ def all_buffers_are_back(reads: LibraryReads) -> bool:
     made = (library_reads.DEPTH + library_reads.SENT) * library_reads.THREADS - reads._buffers._unmade
     free = list(reads._buffers)
     assert not any(reads._in_use.values())
-    return len(free) == len(set(map(id, free))) == made and all(buffer.errand is None for buffer in free)
+    return len(free) == len(set(map(id, free))) == made and all(buffer.errand is buffer.stream is None for buffer in free)
 
 
 @needs_library
@@ -73,6 +73,36 @@ def test_each_piece_in_its_own_stream(reads: LibraryReads, tmp_path: Path) -> No
         places = sorted(target.data_ptr() - one.target.data_ptr() for targets, _ in one.stream.all_queued for target in targets)
         assert places == [number * PIECE for number in range(20)]
     assert all(one.arrived() for one in several) and all_buffers_are_back(reads)
+
+
+class Locked(Errands):
+    """Nobody takes, adds or looks without the lock: a thread asks while another one answers."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("add", "take", "leave_out", "leave_out_stopped", "_urgent", "_others"):
+            assert self.lock.locked(), name
+        return super().__getattribute__(name)
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        with self.lock:
+            lock = self.lock
+            super().__init__()
+            self.lock = lock
+
+
+@needs_library
+def test_each_look_at_what_waits_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_reads, "DriverCopies", PlayedCopies)
+    monkeypatch.setattr(library_reads, "Errands", Locked)
+    reads, one = LibraryReads(Buffers()), Wanted(tmp_path / "a", 60)
+    reads.prepare()
+    one.begin(reads)
+    assert one.arrived()
+    stopped = Wanted(tmp_path / "b", 60)
+    stopped.begin(reads)
+    stopped.reading.stop()
+    reads.close()
 
 
 @needs_library

@@ -110,6 +110,55 @@ def test_nothing_is_prepared_where_the_library_does_not_read(monkeypatch: pytest
     assert reader._library_reads is None and reader._buffers is None
 
 
+def test_nothing_is_prepared_where_no_thread_is_to_be_had(stream: PlayedStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said when something is to be read."""
+
+    def refuses(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(reading, "LibraryReads", refuses)
+    reader = TensorReader()
+    reader.prepare()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        reader._library()
+
+
+@needs_library
+def test_what_cannot_be_locked_yet_is_made_when_it_is_needed(
+    made: list[int], stream: PlayedStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model may hold what can be locked, until this one is loaded."""
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
+    reader = TensorReader()
+    reader.prepare()
+    reader._library()._thread.submit(lambda: None).result(timeout=20)
+    assert made == [2] and reader._buffers is not None and not list(reader._buffers) and reader._buffers._unmade == 6
+    reader.close()
+
+
+@needs_library
+def test_no_more_is_made_than_was_begun_when_it_is_closed(made: list[int], stream: PlayedStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, begun, make = threading.Event(), threading.Event(), library_reads.host_buffer
+
+    def slow(size_bytes: int) -> torch.Tensor:
+        begun.set()
+        assert held.wait(timeout=20)
+        return make(size_bytes)
+
+    monkeypatch.setattr(library_reads, "host_buffer", slow)
+    reader = TensorReader()
+    reader.prepare()
+    reads = reader._library()
+    assert begun.wait(timeout=20)
+    closing = threading.Thread(target=reader.close)
+    closing.start()
+    while not reads._closing:
+        time.sleep(0.001)
+    held.set()
+    closing.join(timeout=20)
+    assert made == [2]
+
+
 @needs_library
 def test_memory_that_cannot_be_had_is_said_when_it_is_needed(
     made: list[int], stream: PlayedStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
