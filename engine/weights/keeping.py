@@ -273,7 +273,7 @@ class Keeper:
     def _begin(self, filling: Filling, steps: Sequence[_Step], layout: Layout, flat: torch.Tensor, convert_on: torch.device) -> None:
         """Have what is kept as it is read to its place, and the rest to memory of its own, from which it is to be converted."""
         sources = [source for step in steps if step.made for source in step.sources]
-        is_large = sum(source.size_bytes for source in set(sources)) > WAITING_BYTES
+        is_large = sum(source.size_bytes for source in sources) > WAITING_BYTES
         if is_large:
             _convert(self._large, LARGE_BYTES)
         rooms = None
