@@ -64,6 +64,26 @@ def test_those_that_could_not_be_locked_are_made_again(made: list[int], monkeypa
     assert made == [2, 2] and not buffers and not set(others) & set(again)
 
 
+class SlowMaking:
+    """Attributes: begun, some are being made; held, to be set so that they can be."""
+
+    def __init__(self) -> None:
+        self.begun, self.held = threading.Event(), threading.Event()
+
+
+@pytest.fixture
+def slow_making(made: list[int], monkeypatch: pytest.MonkeyPatch) -> SlowMaking:
+    slow, make = SlowMaking(), library_reads.host_buffer
+
+    def slowly(size_bytes: int) -> torch.Tensor:
+        slow.begun.set()
+        assert slow.held.wait(timeout=20)
+        return make(size_bytes)
+
+    monkeypatch.setattr(library_reads, "host_buffer", slowly)
+    return slow
+
+
 @needs_library
 def test_all_are_made_before_anything_is_read(made: list[int], stream: PlayedStream, tmp_path: Path) -> None:
     reader = TensorReader()
@@ -80,22 +100,14 @@ def test_all_are_made_before_anything_is_read(made: list[int], stream: PlayedStr
 @needs_library
 @pytest.mark.timeout(60)
 def test_what_is_to_be_read_waits_for_those_only_that_are_being_made(
-    made: list[int], stream: PlayedStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: list[int], stream: PlayedStream, tmp_path: Path, slow_making: SlowMaking
 ) -> None:
-    held, begun, make = threading.Event(), threading.Event(), library_reads.host_buffer
-
-    def slow(size_bytes: int) -> torch.Tensor:
-        begun.set()
-        assert held.wait(timeout=20)
-        return make(size_bytes)
-
-    monkeypatch.setattr(library_reads, "host_buffer", slow)
     reader = TensorReader()
     reader.prepare()
-    assert begun.wait(timeout=20)
+    assert slow_making.begun.wait(timeout=20)
     stored, targets, content = parts_of_one_file(tmp_path / "a", 1)
     reading = reader.begin([(dataclasses.replace(stored[0], shape=(PIECE,), size_bytes=PIECE), targets[0][:PIECE])])
-    held.set()
+    slow_making.held.set()
     reading.wait()
     stream.synchronize()
     assert torch.equal(targets[0][:PIECE], content[:PIECE])
@@ -137,24 +149,16 @@ def test_what_cannot_be_locked_yet_is_made_when_it_is_needed(
 
 
 @needs_library
-def test_no_more_is_made_than_was_begun_when_it_is_closed(made: list[int], stream: PlayedStream, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, begun, make = threading.Event(), threading.Event(), library_reads.host_buffer
-
-    def slow(size_bytes: int) -> torch.Tensor:
-        begun.set()
-        assert held.wait(timeout=20)
-        return make(size_bytes)
-
-    monkeypatch.setattr(library_reads, "host_buffer", slow)
+def test_no_more_is_made_than_was_begun_when_it_is_closed(made: list[int], stream: PlayedStream, slow_making: SlowMaking) -> None:
     reader = TensorReader()
     reader.prepare()
     reads = reader._library()
-    assert begun.wait(timeout=20)
+    assert slow_making.begun.wait(timeout=20)
     closing = threading.Thread(target=reader.close)
     closing.start()
     while not reads._closing:
         time.sleep(0.001)
-    held.set()
+    slow_making.held.set()
     closing.join(timeout=20)
     assert made == [2]
 
