@@ -342,7 +342,7 @@ class LoadedModel:
                     self._host_pool.clear()
 
     def close_files(self) -> None:
-        """Let go of what reading takes, where a run ends before anything was read."""
+        """Let go of what reading takes: a run that ends before anything was read still has it."""
         for expert in self.experts.values():
             expert.close_files()
 

@@ -9,29 +9,24 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from engine_bench import MIB, SMALL_CHANGE, Bench, sliders
-from imagined_machine import TinyExpert, imagined_machine, machine
+from imagined_machine import TinyExpert, imagined_machine
 from wan_sharded.engine import loaded as loaded_module
 from wan_sharded.engine import open_model
-from wan_sharded.engine.errors import InvalidRequestError, PlacementError
+from wan_sharded.engine.errors import PlacementError
 from wan_sharded.engine.owner import ModelOwner
 from wan_sharded.engine.planning.budgets import AUTOMATIC_MARGIN, CONTEXT_BYTES, NO_RESERVE, Reserve
-from wan_sharded.engine.planning.devices import GIB, DeviceInfo
-from wan_sharded.engine.planning.footprint import VideoShape
-from wan_sharded.engine.planning.placement import HOST, Placement
+from wan_sharded.engine.planning.devices import GIB
+from wan_sharded.engine.planning.placement import HOST
 from wan_sharded.engine.system_memory import SystemMemory
 from wan_sharded.engine.weights import keeping
-from wan_sharded.engine.weights.expert import CPU, NOWHERE, Expert
-from wan_sharded.engine.weights.reading import TensorReader
+from wan_sharded.engine.weights.expert import CPU, NOWHERE
 
 EXPERTS = ("transformer", "transformer_2")
-SHAPE = VideoShape(64, 48, 5)
 
 
 def free_gib(slider_gib: float) -> float:
@@ -427,102 +422,3 @@ def test_thirty_prompts_of_changing_sizes_hold_no_more(
             tensors = sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
             held.append((tensors, *(one.gpus.live_bytes(index) for index in range(2))))
     assert len(set(held[2:])) == 1, held
-
-
-# ---- what loading takes, and its order
-
-
-class Prepared(list[str]):
-    """What becomes of readers that were told of what will be read."""
-
-    readers: list[TensorReader]
-
-
-@pytest.fixture
-def prepared(monkeypatch: pytest.MonkeyPatch) -> Prepared:
-    found = Prepared()
-    found.readers = []
-
-    def happens(reader: TensorReader, name: str) -> None:
-        found.append(name)
-        found.readers.append(reader)
-
-    for name in ("prepare", "close", "give_back_buffers"):
-        monkeypatch.setattr(TensorReader, name, lambda reader, name=name: happens(reader, name))
-    return found
-
-
-def test_what_loading_takes_is_made_behind_the_planning_of_what_is_to_be_loaded(checkpoint: Path, prepared: Prepared) -> None:
-    owner, handle = ModelOwner(), open_model(checkpoint, weight_dtype="fp32")
-    owner.dry_plan(handle, imagined_machine(2), SHAPE)
-    assert prepared == []
-    loaded = owner.obtain(handle, imagined_machine(2), SHAPE)
-    assert owner.obtain(handle, imagined_machine(2), SHAPE) is loaded
-    assert prepared == ["prepare"]
-    assert prepared.readers == [expert._keeper.reader for expert in loaded.experts.values()][:1], "it is the one that will read"
-    ModelOwner().obtain(open_model(checkpoint, weight_dtype="fp32", offload="cpu"), imagined_machine(2), SHAPE)
-    ModelOwner().obtain(handle, machine(DeviceInfo(0, "CPU", "cpu", 64 * GIB, 60 * GIB, is_gpu=False)), SHAPE)
-    assert prepared == ["prepare"], "nothing much comes to a GPU"
-
-
-def test_what_was_made_for_a_plan_that_there_is_not_is_given_back(checkpoint: Path, prepared: Prepared) -> None:
-    with pytest.raises(PlacementError):
-        ModelOwner().obtain(open_model(checkpoint, weight_dtype="fp32", max_memory_gib={0: 0.1}), imagined_machine(1), SHAPE)
-    assert prepared == ["prepare", "close", "give_back_buffers"]
-
-
-def test_a_run_that_ends_before_it_reads_keeps_no_thread(bench: Callable[..., Bench], checkpoint: Path, prepared: Prepared) -> None:
-    one = bench(1)
-    with pytest.raises(InvalidRequestError):
-        one.run(open_model(checkpoint, weight_dtype="fp32"), prompt_embeds=torch.ones(1, 3, 31))
-    assert prepared[:2] == ["prepare", "close"] and len(set(map(id, prepared.readers))) == 1
-
-
-def test_what_comes_to_several_gpus_comes_to_all_at_once(make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each in order, and each has all when the others have; what leaves a GPU goes first, and what stays does not count."""
-    loaded = ModelOwner().obtain(open_model(make_checkpoint(num_blocks=9), weight_dtype="fp32"), imagined_machine(2), SHAPE)
-    expert, placement = loaded.experts[EXPERTS[0]], loaded.planned().placements[EXPERTS[0]]
-    homes: dict[str, int | str] = {name: 0 for name in placement.homes} | {f"blocks.{i}": 1 for i in (6, 7, 8)} | {"blocks.2": HOST}
-    order = loaded._in_turn(expert, replace(placement, homes=homes))
-    assert order[0] == "blocks.2" and sorted(order) == sorted(homes)
-    blocks = [name for name in order[1:] if name.startswith("blocks.")]
-    assert [[name for name in blocks if homes[name] == gpu] for gpu in (0, 1)] == [
-        [f"blocks.{i}" for i in (0, 1, 3, 4, 5)], [f"blocks.{i}" for i in (6, 7, 8)],
-    ]  # fmt: skip
-    came = {0: 0, 1: 0}
-    total = {gpu: sum(expert.part_bytes(name) for name, home in homes.items() if home == gpu) for gpu in came}
-    for name in order[1:]:
-        came[homes[name]] += expert.part_bytes(name)  # type: ignore[index]
-        shares = [came[gpu] / total[gpu] for gpu in came]
-        assert abs(shares[0] - shares[1]) <= 0.34, "one of GPU 1's three blocks"
-    for name in ("blocks.6", "blocks.7"):
-        expert._locations[name] = torch.device("lazy:1")
-    order = loaded._in_turn(expert, replace(placement, homes=homes))
-    assert order.index("blocks.8") < order.index("blocks.1"), "it is all that is to come there"
-    with monkeypatch.context() as patch:  # and what other LoRAs change comes again
-        patch.setattr(expert, "is_current", lambda name: False)
-        again = loaded._in_turn(expert, replace(placement, homes=homes))
-        assert again.index("blocks.8") > again.index("blocks.1")
-    expert._locations["blocks.5"] = torch.device("lazy:1")
-    assert loaded._in_turn(expert, replace(placement, homes=homes))[:2] == ["blocks.2", "blocks.5"], "it leaves a GPU, too"
-
-
-def test_that_is_how_they_are_brought(
-    bench: Callable[..., Bench], make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, brought, asked = bench(2), [], []
-    bring, in_turn = Expert.bring, loaded_module.LoadedModel._in_turn
-
-    def watched(expert: Expert, part: str, *arguments: Any, **options: Any) -> None:
-        brought.append((expert.name, part))
-        bring(expert, part, *arguments, **options)
-
-    def backwards(model: loaded_module.LoadedModel, expert: Expert, placement: Placement) -> list[str]:
-        order = in_turn(model, expert, placement)[::-1]
-        asked.extend((expert.name, part) for part in order if expert.location(part) != model._device(placement.homes[part]))
-        return order
-
-    monkeypatch.setattr(Expert, "bring", watched)
-    monkeypatch.setattr(loaded_module.LoadedModel, "_in_turn", backwards)
-    one.run(open_model(make_checkpoint(num_blocks=4), weight_dtype="fp32"))
-    assert brought == asked and len(asked) > 8

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from played_streams import PlayedStream
 from read_files import PIECE, parts_of_one_file
+from wan_sharded.engine.weights import library_reads
 from wan_sharded.engine.weights.errands import Errand, Reading
 from wan_sharded.engine.weights.library_calls import Control
 from wan_sharded.engine.weights.library_reads import LibraryReads
@@ -101,3 +103,14 @@ class Wanted:
         self.reading.wait()
         self.stream.synchronize()
         return torch.equal(self.target, self.content)
+
+
+def all_buffers_are_back(reads: LibraryReads) -> bool:
+    end = time.monotonic() + 20
+    while reads._at_work and time.monotonic() < end:
+        time.sleep(0.001)
+    assert not any(reads._sent.values())
+    made = (library_reads.DEPTH + library_reads.SENT) * library_reads.THREADS - reads._buffers._unmade
+    free = list(reads._buffers)
+    assert not any(reads._in_use.values())
+    return len(free) == len(set(map(id, free))) == made and all(buffer.errand is buffer.stream is None for buffer in free)

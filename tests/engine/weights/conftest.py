@@ -1,11 +1,15 @@
-"""A reader of files whose pieces are small."""
+"""Readers of files whose pieces are small."""
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from played_library import PlayedCalls
+from played_streams import PlayedCopies
 from read_files import PIECE, Watch
 from wan_sharded.engine.weights import library_reads, pieces
+from wan_sharded.engine.weights.library_reads import Buffers, LibraryReads
 from wan_sharded.engine.weights.reading import TensorReader
 
 
@@ -36,3 +40,24 @@ def before_reading(monkeypatch: pytest.MonkeyPatch) -> Watch:
         monkeypatch.setattr(pieces, "read_at", watched)
 
     return watch
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> PlayedCalls:
+    played = PlayedCalls()
+    monkeypatch.setattr(library_reads, "asynchronous_reads", lambda: played)
+    return played
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[LibraryReads]:
+    monkeypatch.setattr(library_reads, "DriverCopies", PlayedCopies)
+    monkeypatch.setattr(library_reads, "THREADS", 2)
+    if "calls" in request.fixturenames:
+        request.getfixturevalue("calls")
+    made = LibraryReads(Buffers())
+    yield made
+    closing = threading.Thread(target=made.close, daemon=True)
+    closing.start()
+    closing.join(timeout=20)
+    assert not closing.is_alive()
